@@ -1,0 +1,1 @@
+"""Hooks for Megatron-LM and Megatron-DeepSpeed: nothing in this package patches anything yet."""
