@@ -40,9 +40,7 @@ def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-Patterns = Annotated[
-    tuple[str, ...], BeforeValidator(_as_tuple), Field(description="a file name or a list of them")
-]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(description="a file name or a list of them")]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple), Field(description="a list of numbers")]
 
 
@@ -165,9 +163,7 @@ def load_plan_file(path: str | FilePath) -> PlanFile:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(
-            "plan file", given=str(path), allowed=f"a readable TOML file ({error.strerror})"
-        ) from None
+        raise ConfigError("plan file", given=str(path), allowed=f"a readable TOML file ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), given=str(error), allowed="a TOML file in UTF-8") from None
     plan_file = _validate(content, str(path))
@@ -210,9 +206,7 @@ def _version(plan_file: PlanFile, main: MainPath, version: VersionSection) -> Ve
     steps = _steps(plan_file, version, where)
     shape, final_lr = _decay(plan_file.schedule, version, main, where)
     if version.alpha is not None and version.decay_steps is not None:
-        raise ConfigError(
-            f"{where} decay_steps", given=version.decay_steps, allowed="either alpha or decay_steps"
-        )
+        raise ConfigError(f"{where} decay_steps", given=version.decay_steps, allowed="either alpha or decay_steps")
     alpha = plan_file.schedule.alpha if version.alpha is None else version.alpha
     return Version(version.name, steps, version.decay_steps or decay_steps(alpha, steps), shape, final_lr)
 
@@ -233,9 +227,7 @@ def _steps(plan_file: PlanFile, version: VersionSection, where: str) -> int:
     return version.tokens // tokens_per_step
 
 
-def _decay(
-    schedule: ScheduleSection, version: VersionSection, main: MainPath, where: str
-) -> tuple[Shape, float]:
+def _decay(schedule: ScheduleSection, version: VersionSection, main: MainPath, where: str) -> tuple[Shape, float]:
     own = version.shape_parameters()
     if version.shape is not None:
         shape = make_shape(version.shape, own, where)
@@ -254,9 +246,7 @@ def _validate(content: Mapping[str, object], where: str) -> PlanFile:
     except ValidationError as error:
         # A misspelt key is also a missing one: name the misspelling.
         first = min(error.errors(), key=lambda finding: finding["type"] != "extra_forbidden")
-        raise _config_error(
-            first["type"], first["loc"], first["input"], first["msg"], where, content
-        ) from None
+        raise _config_error(first["type"], first["loc"], first["input"], first["msg"], where, content) from None
 
 
 def _config_error(
@@ -272,9 +262,7 @@ def _config_error(
     place = f"{where}: {_place(loc, content)}"
     section, field = _section_of(keys)
     if kind == "extra_forbidden":
-        return ConfigError(
-            place, given=f"unknown key {keys[-1]!r}", allowed=choices(section.model_fields, keys[-1])
-        )
+        return ConfigError(place, given=f"unknown key {keys[-1]!r}", allowed=choices(section.model_fields, keys[-1]))
     if kind == "missing":
         return ConfigError(place, given="nothing", allowed="this key is required")
     described = section.model_fields[field].description if field in section.model_fields else None

@@ -47,9 +47,7 @@ class Shape:
         """
         final_lr = 0.0 if final_lr is None else final_lr
         if not 0.0 <= final_lr <= max_lr:
-            raise ConfigError(
-                f"{where} final_lr", given=final_lr, allowed=f"0 <= final_lr <= max_lr ({max_lr})"
-            )
+            raise ConfigError(f"{where} final_lr", given=final_lr, allowed=f"0 <= final_lr <= max_lr ({max_lr})")
         return final_lr
 
     def check(self, where: str) -> None:
@@ -172,9 +170,7 @@ class MultiStep(Shape):
 
     def curve(self, max_lr: float, final_lr: float) -> Curve:
         """Return x -> max_lr before the first milestone, then max_lr times the factor of the last one passed."""
-        stairs = tuple(
-            zip(reversed(self.milestones), [max_lr * f for f in reversed(self.factors)], strict=True)
-        )
+        stairs = tuple(zip(reversed(self.milestones), [max_lr * f for f in reversed(self.factors)], strict=True))
 
         def lr(x: float) -> float:
             for milestone, value in stairs:
@@ -198,12 +194,8 @@ class MultiStep(Shape):
         """Raise ConfigError unless milestones rise and factors fall inside (0, 1), one factor to a milestone."""
         stones, factors = self.milestones, self.factors
         if not stones or any(b <= a for a, b in zip((0.0, *stones), (*stones, 1.0), strict=True)):
-            raise ConfigError(
-                f"{where} milestones", given=stones, allowed="rising shares of the decay between 0 and 1"
-            )
-        if len(factors) != len(stones) or any(
-            b >= a for a, b in zip((1.0, *factors), (*factors, 0.0), strict=True)
-        ):
+            raise ConfigError(f"{where} milestones", given=stones, allowed="rising shares of the decay between 0 and 1")
+        if len(factors) != len(stones) or any(b >= a for a, b in zip((1.0, *factors), (*factors, 0.0), strict=True)):
             raise ConfigError(
                 f"{where} factors",
                 given=factors,
@@ -212,8 +204,7 @@ class MultiStep(Shape):
 
 
 SHAPES: dict[str, type[Shape]] = {
-    shape.name: shape
-    for shape in (Linear, Cosine, OneMinusSqrt, Exponential, Polynomial, Knee, Harmonic, MultiStep)
+    shape.name: shape for shape in (Linear, Cosine, OneMinusSqrt, Exponential, Polynomial, Knee, Harmonic, MultiStep)
 }
 
 

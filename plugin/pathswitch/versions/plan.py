@@ -122,9 +122,7 @@ class Plan:
         names = [version.name for version in self.versions]
         for name in names:
             if names.count(name) > 1:
-                raise ConfigError(
-                    "[[versions]] name", given=name, allowed="names that differ: this one stands twice"
-                )
+                raise ConfigError("[[versions]] name", given=name, allowed="names that differ: this one stands twice")
         self.paths("path_switching")
 
     @cached_property
