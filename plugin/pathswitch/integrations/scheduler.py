@@ -1,0 +1,276 @@
+"""PathSwitchLR: the plan's LR, exactly, in every optimizer update, under DeepSpeed, plain torch and Hugging Face.
+
+The optimizer's own state carries LRs of its own: DeepSpeed loads it after the scheduler's, and ZeRO then trains a
+branch's first update at its parent's LR. Hence two rules: the LR is a function of one counter and the plan, and it is
+written into the param groups again right before each update.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import Optimizer
+
+from pathswitch.errors import ConfigError, ScheduleError
+from pathswitch.schedule.paths import Field
+from pathswitch.versions import MAIN, Paradigm, Path, Plan
+
+STATE_FORMAT = 1
+GROUP_KEY = "pathswitch_group"
+
+
+class PathSwitchLR(LRScheduler):
+    """Sets the LR of every update to the plan's LR for one path, times the param group's own multiple.
+
+    A group's multiple is its LR over the optimizer's default LR when the scheduler is made (1 for groups without an
+    LR of their own). ``step()`` is called once after each optimizer update. The state is one counter, the number of
+    updates done, with the fields that determine the LR and their digest.
+
+    Args:
+        optimizer: a torch optimizer, or a wrapper that holds one in ``.optimizer`` (ZeRO, fp16, Accelerate).
+        plan: a plan file (relative to the working directory); without it ``inline`` holds the plan.
+        path: ``main``, or a version's name; the environment variable PATHSWITCH_PATH overrides it.
+        paradigm: ``path_switching``, or the baseline that a path belongs to.
+        initial_step: updates already done, for a checkpoint that another scheduler wrote.
+        inline: the keys of a plan's [schedule], and ``versions`` with name, steps and their own decay.
+
+    Raises:
+        ConfigError: a parameter is unknown or out of range, or the plan has no such path.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        plan: str | None = None,
+        path: str = MAIN,
+        paradigm: Paradigm = "path_switching",
+        initial_step: int | None = None,
+        **inline: object,
+    ) -> None:
+        self.optimizer = _torch_optimizer(optimizer)
+        self._plan = _resolve_plan(plan, inline)
+        self.path = self._plan.path(os.environ.get("PATHSWITCH_PATH") or path, paradigm)
+        self._initial_step = initial_step
+        self._updates = 0
+        self._updated_since_step = self._update_seen = False
+        self._multiples = _lr_multiples(self.optimizer)
+        self._mark_groups()
+        self._set_step(0)
+        self._last_update_lrs = list(self._last_lr)
+        self.optimizer.register_step_pre_hook(self._before_update)
+        self.optimizer.register_load_state_dict_post_hook(self._after_optimizer_load)
+        if "deepspeed.runtime.engine" in sys.modules:
+            from pathswitch.integrations.deepspeed import patch_engine
+
+            patch_engine()
+
+    @property
+    def last_epoch(self) -> int:  # type: ignore[override]
+        """Optimizer updates done; the name is torch's."""
+        return self._updates
+
+    @property
+    def base_lrs(self) -> list[float]:  # type: ignore[override]
+        """The maximum LR of every param group."""
+        return [multiple * self._plan.main.max_lr for multiple in self._multiples]
+
+    def step(self, epoch: int | None = None) -> None:
+        """Count one optimizer update and set the LR of the next.
+
+        Called again without an update in between (an update that a gradient scaler skipped, or Accelerate, which steps
+        a prepared scheduler once per process), it does not count.
+
+        Raises:
+            ScheduleError: the path ends here by its plan, or a step number is given.
+        """
+        if epoch is not None:
+            raise ScheduleError(f"PathSwitchLR.step() takes no step number, given {epoch!r}: it counts updates itself")
+        if self._update_seen and not self._updated_since_step:
+            return
+        if self._past_end(self._updates):
+            raise ScheduleError(self._end_message(self._updates + 1))
+        self._updated_since_step = False
+        self._set_step(self._updates + 1)
+
+    def get_lr(self) -> list[float]:  # type: ignore[override]
+        """Return the LR of the next update for every param group, computed from the plan."""
+        lr = self.path.lr(self._updates)
+        return [multiple * lr for multiple in self._multiples]
+
+    def get_last_lr(self) -> list[float]:  # type: ignore[override]
+        """Return the LRs that stand in the param groups: those of the next update."""
+        return list(self._last_lr)
+
+    def get_last_update_lr(self) -> list[float]:
+        """Return the LRs that the last update used (before the first update: those it will use)."""
+        return list(self._last_update_lrs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counter, the path, the fields that determine its LR, and their digest."""
+        return {
+            "format": STATE_FORMAT,
+            "step": self._updates,
+            "paradigm": self.path.paradigm,
+            "path": self.path.name,
+            "schedule": dict(self.path.fields),
+            "digest": self.path.digest,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any] | None) -> None:  # type: ignore[override]
+        """Take the counter of a checkpoint of the same path (resume) or, at the fork step, of its parent (fork).
+
+        Raises:
+            ScheduleError: the checkpoint has no state of PathSwitchLR, belongs to another path or another schedule,
+                or stands at a step where this path cannot begin or go on.
+        """
+        if not isinstance(state_dict, Mapping) or "schedule" not in state_dict or "step" not in state_dict:
+            step = self._step_of_foreign_state(state_dict)
+        else:
+            step = self._step_of_state(state_dict)
+        self._updated_since_step = False
+        self._set_step(step)
+        self.check_position()
+
+    def check_position(self) -> None:
+        """Raise ScheduleError unless the counter lies between this path's first and last step."""
+        path, step = self.path, self._updates
+        if step < path.start_step:
+            parent = f"a checkpoint of {path.parent!r}" if path.parent else "the beginning"
+            raise ScheduleError(
+                f"path {path.name!r} starts from {parent} at step {path.start_step}, but the counter stands at {step}: "
+                "was a checkpoint loaded, with its scheduler state?"
+            )
+        if self._past_end(step - 1):
+            raise ScheduleError(self._end_message(step))
+
+    def _past_end(self, step: int) -> bool:
+        return not self.path.open_ended and step >= self.path.end_step
+
+    def _end_message(self, step: int) -> str:
+        return (
+            f"path {self.path.name!r} ends at step {self.path.end_step} by its plan, and was asked to go on to step "
+            f"{step}: stop the training there, or give the version more steps in the plan"
+        )
+
+    def _step_of_foreign_state(self, state: object) -> int:
+        if self._initial_step is not None:
+            return self._initial_step
+        found = "no scheduler state" if state is None else f"the state of another scheduler ({_describe(state)})"
+        raise ScheduleError(
+            f"the checkpoint holds {found}; PathSwitchLR needs its own, or the parameter initial_step: "
+            "the number of optimizer updates that the checkpoint has behind it"
+        )
+
+    def _step_of_state(self, state: Mapping[str, Any]) -> int:
+        """Return the state's counter if this path may go on from it."""
+        if state.get("format") != STATE_FORMAT:
+            raise ScheduleError(f"scheduler state format: given {state.get('format')!r}; allowed: {STATE_FORMAT}")
+        path, saved, step = self.path, (state["paradigm"], state["path"]), int(state["step"])
+        if saved == (path.paradigm, path.name):
+            _require_same_fields(path, state["schedule"])
+        elif path.parent is not None and saved == (path.paradigm, path.parent):
+            _require_same_fields(self._plan.path(path.parent, path.paradigm), state["schedule"])
+            if step != path.start_step:
+                raise ScheduleError(
+                    f"path {path.name!r} forks from {path.parent!r} at step {path.start_step}, "
+                    f"but the checkpoint stands at step {step}"
+                )
+        else:
+            allowed = f"{path.name!r}" + (f" or its parent {path.parent!r}" if path.parent else "")
+            raise ScheduleError(
+                f"path {path.name!r} ({path.paradigm}): the checkpoint belongs to path {saved[1]!r} ({saved[0]}); "
+                f"allowed: {allowed} ({path.paradigm})"
+            )
+        return step
+
+    def _set_step(self, step: int) -> None:
+        self._updates = step
+        self._last_lr = self.get_lr()
+        for group in self.optimizer.param_groups:
+            _set_lr(group, self._last_lr[group[GROUP_KEY]])
+
+    def _mark_groups(self) -> None:
+        # ZeRO 1 and 2 show the optimizer one group at a time during a step, so position cannot identify a group.
+        for index, group in enumerate(self.optimizer.param_groups):
+            group[GROUP_KEY] = index
+
+    def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Write the LR of this update into the groups, whatever a checkpoint has put there since ``step()``."""
+        if self._past_end(self._updates):
+            raise ScheduleError(self._end_message(self._updates + 1))
+        if self._updates < self.path.start_step:
+            self.check_position()
+        for group in optimizer.param_groups:
+            _set_lr(group, self._last_lr[group[GROUP_KEY]])
+        self._last_update_lrs = self._last_lr
+        self._updated_since_step = self._update_seen = True
+
+    def _after_optimizer_load(self, optimizer: Optimizer) -> None:
+        """Put our marks and LRs back: loading has replaced every group by the checkpoint's."""
+        self._mark_groups()
+        self._set_step(self._updates)
+
+
+def _torch_optimizer(optimizer: Any) -> Optimizer:
+    """Return the innermost torch optimizer: ZeRO's and fp16's wrappers are not optimizers themselves."""
+    inner = optimizer
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not isinstance(inner, Optimizer):
+        kind = type(optimizer).__name__
+        raise ConfigError("PathSwitchLR optimizer", given=kind, allowed="a torch.optim.Optimizer, or a wrapper of one")
+    return inner
+
+
+def _resolve_plan(plan: str | None, inline: Mapping[str, object]) -> Plan:
+    # Imported here: pydantic would slow down every `import torch` of this environment.
+    from pathswitch.config import build_plan, load_plan_file, plan_from_params
+
+    if plan is None:
+        return plan_from_params(inline)
+    if inline:
+        allowed = "a plan file or inline parameters, not both"
+        raise ConfigError("PathSwitchLR parameters", given=f"plan and {', '.join(inline)}", allowed=allowed)
+    return build_plan(load_plan_file(os.path.abspath(plan)), plan)
+
+
+def _lr_multiples(optimizer: Optimizer) -> list[float]:
+    """Return each group's LR over the optimizer's default LR; ``initial_lr`` is torch's memory of a group's own LR."""
+    default_lr = float(optimizer.defaults["lr"])
+    multiples = []
+    for group in optimizer.param_groups:
+        own_lr = float(group.setdefault("initial_lr", float(group["lr"])))
+        if own_lr != default_lr and default_lr <= 0:
+            raise ConfigError(
+                "optimizer lr", given=default_lr, allowed="an LR > 0 where param groups have LRs of their own"
+            )
+        multiples.append(1.0 if own_lr == default_lr else own_lr / default_lr)
+    return multiples
+
+
+def _set_lr(group: dict[str, Any], lr: float) -> None:
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
+def _require_same_fields(path: Path, saved: Mapping[str, Field]) -> None:
+    expected = path.fields
+    names = [*expected, *(name for name in saved if name not in expected)]
+    differing = [name for name in names if saved.get(name) != expected.get(name)]
+    if differing:
+        lines = "; ".join(f"{name}: checkpoint {saved.get(name)!r}, plan {expected.get(name)!r}" for name in differing)
+        raise ScheduleError(
+            f"path {path.name!r} ({path.paradigm}): the checkpoint was trained by another schedule: {lines}"
+        )
+
+
+def _describe(state: object) -> str:
+    keys = ", ".join(map(str, cast(Mapping[str, Any], state))) if isinstance(state, Mapping) else type(state).__name__
+    return f"keys {keys}" if isinstance(state, Mapping) else keys
