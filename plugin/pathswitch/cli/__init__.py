@@ -1,0 +1,5 @@
+"""The command ``pathswitch``."""
+
+from pathswitch.cli.app import main
+
+__all__ = ["main"]

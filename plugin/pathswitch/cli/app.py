@@ -1,0 +1,229 @@
+"""The commands; each loads its plan, calls one room, and prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from pathswitch import __version__
+from pathswitch.config import PlanFile, build_plan, load_plan_file
+from pathswitch.errors import ConfigError, PathSwitchError, choices
+from pathswitch.versions import MAIN, PARADIGMS, Paradigm, Plan
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+
+PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN.toml", help="The plan file.")]
+ParadigmOption = Annotated[str, typer.Option(help=f"One of {', '.join(PARADIGMS)}.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `pathswitch run --out` wrote.")]
+
+
+def main() -> None:
+    """Run the command line; an error of the family is one line on stderr and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except PathSwitchError as error:
+        print(f"pathswitch: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("pathswitch: interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _paradigm(name: str) -> Paradigm:
+    if name not in PARADIGMS:
+        raise ConfigError("--paradigm", given=name, allowed=choices(PARADIGMS, name))
+    return name
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=1))
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Ship LLM versions by learning-rate path switching."""
+    if version:
+        print(f"pathswitch {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def plan(
+    plan_path: PlanArgument,
+    as_json: JsonOption = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png|svg", help="Draw the LR paths.")] = None,
+) -> None:
+    """Show every path's fork, decay and end step, and what each paradigm costs."""
+    plan_file = load_plan_file(plan_path)
+    resolved = build_plan(plan_file)
+    if plot is not None:
+        from pathswitch.report.plots import lr_paths
+
+        lr_paths(resolved, plot, tokens_per_step=plan_file.tokens_per_step)
+    if as_json:
+        _print_json(plan_json(resolved, plan_file.tokens_per_step))
+    else:
+        from pathswitch.report.tables import plan_table
+
+        console.print(plan_table(resolved, plan_file.tokens_per_step))
+
+
+def plan_json(resolved: Plan, tokens_per_step: int | None) -> dict[str, Any]:
+    """Return the plan as JSON values: ``versions``, ``paths`` and ``cost``."""
+
+    def tokens(steps: int) -> int | None:
+        return None if tokens_per_step is None else steps * tokens_per_step
+
+    versions = [
+        {
+            "name": version.name,
+            "steps": version.steps,
+            "fork_step": fork_step,
+            "decay_steps": version.decay_steps,
+            "end_step": end_step,
+            "tokens": tokens(version.steps),
+            "branch_tokens": tokens(version.decay_steps),
+            "shape": version.shape.name,
+            "final_lr": version.final_lr,
+        }
+        for version, fork_step, end_step in zip(resolved.versions, resolved.fork_steps, resolved.end_steps, strict=True)
+    ]
+    paths = [
+        {"name": path.name, "start_step": path.start_step, "end_step": path.end_step, "steps": path.steps}
+        for path in resolved.paths("path_switching")
+    ]
+    cost = resolved.cost
+    steps = {
+        "ptfs_steps": cost.ptfs_steps,
+        "cpt_steps": cost.cpt_steps,
+        "wsd_s_steps": cost.wsd_s_steps,
+        "path_switching_steps": cost.path_switching_steps,
+    }
+    in_tokens = {key.replace("_steps", "_tokens"): tokens(value) for key, value in steps.items()}
+    return {"versions": versions, "paths": paths, "cost": {**steps, **in_tokens, "ratio_to_ptfs": cost.ratio_to_ptfs}}
+
+
+@app.command()
+def lr(
+    plan_path: PlanArgument,
+    path: Annotated[str, typer.Option(help="main, or a version's name.")] = MAIN,
+    steps: Annotated[str | None, typer.Option(metavar="A:B", help="Steps A .. B-1; the whole path if absent.")] = None,
+    paradigm: ParadigmOption = "path_switching",
+) -> None:
+    """Print step,lr for every update, with full precision."""
+    training_path = build_plan(load_plan_file(plan_path)).path(path, _paradigm(paradigm))
+    first, end = _step_range(steps, training_path.start_step, training_path.end_step)
+    print("step,lr")
+    for step in range(first, end):
+        print(f"{step},{training_path.lr(step)!r}")
+
+
+def _step_range(text: str | None, first: int, end: int) -> tuple[int, int]:
+    if text is None:
+        return first, end
+    a, colon, b = text.partition(":")
+    if not colon or not (a or "0").isdecimal() or not (b or "0").isdecimal():
+        raise ConfigError(
+            "--steps", given=text, allowed="A:B with whole numbers A <= B; the path's own bounds if left out"
+        )
+    bounds = int(a) if a else first, int(b) if b else end
+    if bounds[0] > bounds[1]:
+        raise ConfigError("--steps", given=text, allowed="A:B with A <= B")
+    return bounds
+
+
+@app.command()
+def run(
+    plan_path: PlanArgument,
+    out: Annotated[Path, typer.Option(help="The run folder.")],
+    paradigm: ParadigmOption = "path_switching",
+    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the plan's [train] seed.")] = None,
+) -> None:
+    """Train a paradigm's paths under the deepspeed launcher; run again, it goes on where it stopped."""
+    plan_file = with_seed(load_plan_file(plan_path), seed)
+    train(plan_file, plan_path.parent, out, _paradigm(paradigm))
+    console.print(f"{paradigm}: all paths of {plan_path} are trained in {out}", highlight=False)
+
+
+def with_seed(plan_file: PlanFile, seed: int | None) -> PlanFile:
+    """Return the plan with another [train] seed."""
+    if seed is None or plan_file.train is None:
+        return plan_file
+    return plan_file.model_copy(update={"train": plan_file.train.model_copy(update={"seed": seed})})
+
+
+def train(plan_file: PlanFile, base: Path, out: Path, paradigm: Paradigm) -> None:
+    """Prepare a plan's data and train one paradigm in the run folder ``out``."""
+    from pathswitch.launch.paradigm import require_trainable, run_paradigm
+    from pathswitch.run_folder import RunFolder
+
+    require_trainable(plan_file)
+    folder = RunFolder(out)
+    folder.open(plan_file)
+    prepare_data(plan_file, base, folder.data)
+    run_paradigm(plan_file, folder, paradigm, console)
+
+
+def prepare_data(plan_file: PlanFile, base: Path, out: Path) -> None:
+    """Turn the plan's text files, relative to ``base``, into a tokenizer and token files in ``out``."""
+    from pathswitch.data import VersionText, prepare
+
+    data = plan_file.data
+    assert data is not None
+    prepare(
+        [VersionText(version.name, version.train, version.test) for version in plan_file.versions],
+        base=base,
+        out=out,
+        vocab_size=data.vocab_size,
+        tokenizer_model=base / data.tokenizer if data.tokenizer else None,
+        separator=data.separator,
+        progress=lambda message: console.print(f"data: {message}", highlight=False),
+    )
+
+
+@app.command()
+def sweep(
+    plan_path: PlanArgument,
+    out: Annotated[Path, typer.Option(help="A folder; every max_lr gets a run folder in it.")],
+    max_lr: Annotated[str, typer.Option(metavar="LR,LR,...", help="Maximum LRs to try.")],
+    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the plan's [train] seed.")] = None,
+) -> None:
+    """Choose the maximum LR: pre-train version 1 from scratch with each, and compare perplexities."""
+    from pathswitch.cli.sweep import sweep_max_lr
+
+    rows = sweep_max_lr(with_seed(load_plan_file(plan_path), seed), plan_path.parent, out, max_lr, train)
+    console.print(rows)
+
+
+@app.command()
+def compare(runs: Runs, as_json: JsonOption = False) -> None:
+    """Compare paradigms: perplexity per version on all text so far and on the newest, the matrix, the cost."""
+    from pathswitch.report.collect import collect
+    from pathswitch.report.tables import comparison_tables
+
+    comparison = collect(runs)
+    if as_json:
+        _print_json(comparison.to_json())
+    else:
+        console.print(comparison_tables(comparison))
+
+
+@app.command()
+def report(
+    runs: Runs,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Default: report.html in the first run folder.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page, with its figures beside it as PNG and SVG."""
+    from pathswitch.report.html import write_report
+
+    page = write_report(runs, out or runs[0] / "report.html")
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)

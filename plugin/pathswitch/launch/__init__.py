@@ -1,0 +1,1 @@
+"""From a plan to running jobs: one deepspeed launch per path."""

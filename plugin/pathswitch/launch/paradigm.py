@@ -1,0 +1,78 @@
+"""Train all paths of a paradigm, parents before children, each under the deepspeed launcher; safe to run again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from pathswitch.config import PlanFile, build_plan
+from pathswitch.errors import ConfigError, RunError
+from pathswitch.launch.local import deepspeed_command, free_port, job_environment, run_job
+from pathswitch.launch.progress import PathProgress
+from pathswitch.run_folder import RunFolder
+from pathswitch.versions import Paradigm
+from pathswitch.versions import Path as TrainingPath
+
+ERROR_MARK = "pathswitch: error: "
+LOG_TAIL_LINES = 15
+
+
+def require_trainable(plan_file: PlanFile) -> None:
+    """Raise ConfigError unless the plan has everything that the embedded trainer needs."""
+    for section in ("data", "train"):
+        if getattr(plan_file, section) is None:
+            raise ConfigError(f"[{section}]", given="nothing", allowed="this section is required for training")
+    if not plan_file.versions:
+        raise ConfigError("[[versions]]", given="nothing", allowed="at least one version for training")
+    for version in plan_file.versions:
+        for split in ("train", "test"):
+            if not getattr(version, split):
+                where = f"version {version.name!r} {split}"
+                raise ConfigError(where, given="nothing", allowed="text files: training needs them")
+
+
+def run_paradigm(plan_file: PlanFile, folder: RunFolder, paradigm: Paradigm, console: Console) -> None:
+    """Train whatever the folder's completion records do not vouch for.
+
+    Raises:
+        RunError: a job ended without its completion record.
+    """
+    for path in build_plan(plan_file).paths(paradigm):
+        label = f"{paradigm}/{path.name}"
+        if folder.is_complete(path):
+            console.print(f"{label}: done already, up to step {path.end_step}", highlight=False)
+        elif path.steps == 0:
+            # A main path whose only branch leaves at step 0, from the seed's weights.
+            console.print(f"{label}: no steps", highlight=False)
+        else:
+            _run_path(plan_file, folder, path, label, console)
+
+
+def _run_path(plan_file: PlanFile, folder: RunFolder, path: TrainingPath, label: str, console: Console) -> None:
+    assert plan_file.train is not None and plan_file.tokens_per_step is not None
+    files, ranks = folder.path(path), plan_file.train.ranks
+    files.folder.mkdir(parents=True, exist_ok=True)
+    arguments = ["--out", str(folder.out.resolve()), "--paradigm", path.paradigm, "--path", path.name]
+    command = deepspeed_command("pathswitch.trainer", arguments, ranks=ranks, port=free_port())
+    first_step = files.step() or path.start_step
+    log_start = files.log.stat().st_size if files.log.is_file() else 0
+    progress = PathProgress(console, label, files.metrics, first_step, path.end_step, plan_file.tokens_per_step)
+    with progress:
+        code = run_job(command, job_environment(ranks, os.environ), files.log, progress.tick)
+    if not folder.is_complete(path):
+        # The launcher exits with 0 even when it was killed itself; only the record proves completion.
+        raise RunError(f"{label} did not complete (launcher exit code {code}): {_reason(files.log, log_start)}")
+
+
+def _reason(log: Path, start: int) -> str:
+    """Return our own error message from this job's part of the log, or else the log's tail."""
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode(errors="replace").splitlines()
+    ours = [line.partition(ERROR_MARK)[2] for line in lines if ERROR_MARK in line]
+    if ours:
+        return f"{ours[0]} (log: {log})"
+    tail = "\n  ".join(lines[-LOG_TAIL_LINES:])
+    return f"the last lines of {log}:\n  {tail}"

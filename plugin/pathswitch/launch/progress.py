@@ -1,0 +1,79 @@
+"""Progress of a run: a bar per path on a terminal, a plain line every few seconds in a log."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+LINE_SECONDS = 5.0
+
+
+class PathProgress:
+    """Follows one path's metrics file; ``tick()`` shows what is new in it."""
+
+    def __init__(
+        self, console: Console, label: str, metrics: Path, first_step: int, end_step: int, tokens: int
+    ) -> None:
+        self._console, self._label, self._metrics = console, label, metrics
+        self._first_step, self._end_step, self._tokens_per_step = first_step, end_step, tokens
+        self._offset = metrics.stat().st_size if metrics.is_file() else 0
+        self._last_line = time.monotonic()
+        self._begun = self._last_line
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> PathProgress:
+        """Show the bar, or say that the ranks are starting."""
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description:<24}"), BarColumn(None), MofNCompleteColumn())
+            details = (TextColumn("{task.fields[details]}"), TimeRemainingColumn(compact=True))
+            self._bar = Progress(*columns, *details, console=self._console, expand=True)
+            steps = self._end_step - self._first_step
+            self._task = self._bar.add_task(self._label, total=steps, details="starting")
+            self._bar.start()
+        else:
+            self._console.print(f"{self._label}: starting at step {self._first_step} of {self._end_step}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the finished bar standing."""
+        self.tick()
+        if self._bar is not None:
+            self._bar.stop()
+
+    def tick(self) -> None:
+        """Show the newest update if there is one."""
+        record = self._newest_record()
+        if record is None:
+            return
+        done, speed = int(record["step"]) + 1, self._tokens_per_step / float(record["seconds"])
+        details = f"loss {record['loss']:.3f}  lr {record['lr']:.2e}  {speed:,.0f} tok/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done - self._first_step, details=details)
+        elif time.monotonic() - self._last_line >= LINE_SECONDS or done == self._end_step:
+            self._last_line = time.monotonic()
+            self._console.print(f"{self._label}: step {done} of {self._end_step}  {details}", highlight=False)
+
+    def _newest_record(self) -> dict[str, Any] | None:
+        """Return the last whole line that has appeared since the last look."""
+        if not self._metrics.is_file():
+            return None
+        size = self._metrics.stat().st_size
+        # A resumed path rewrites the file without the updates that it does again.
+        start = self._offset if size >= self._offset else 0
+        with self._metrics.open("rb") as file:
+            file.seek(start)
+            new = file.read()
+        whole, newline, _ = new.rpartition(b"\n")
+        self._offset = start + len(whole) + len(newline)
+        lines = whole.splitlines()
+        record: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
+        return record

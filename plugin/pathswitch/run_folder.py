@@ -1,0 +1,191 @@
+"""The run folder: where a plan's paradigms and paths keep their files, and what must not change between two runs.
+
+OUT/plan.toml  OUT/run.json  OUT/data/  OUT/<paradigm>/<path>/{checkpoints/, release/, metrics.jsonl, log.txt,
+evaluation.json, done.json}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from pathswitch.atomic import write_text_atomic
+from pathswitch.config import PlanFile, build_plan, load_plan_file
+from pathswitch.errors import RunError
+from pathswitch.versions import PARADIGMS, Plan
+from pathswitch.versions import Path as TrainingPath
+
+FORMAT = 1
+PLAN_FILE, RUN_FILE = "plan.toml", "run.json"
+# What may differ from one run of the same folder to the next without changing anything that is trained.
+FREE_SETTINGS = {("train", "save_every_steps")}
+
+
+@dataclass(frozen=True)
+class PathFolder:
+    """The files of one path."""
+
+    folder: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """DeepSpeed's checkpoint folder: ``latest`` and ``global_step<N>/``."""
+        return self.folder / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line per update."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        """Perplexity of the released weights on every version's test text."""
+        return self.folder / "evaluation.json"
+
+    @property
+    def release(self) -> Path:
+        """The released weights in the Hugging Face layout."""
+        return self.folder / "release"
+
+    @property
+    def log(self) -> Path:
+        """Output of the launcher and of all ranks."""
+        return self.folder / "log.txt"
+
+    @property
+    def completion(self) -> Path:
+        """The completion record: the only proof that the path has been trained to its end."""
+        return self.folder / "done.json"
+
+    def step(self) -> int | None:
+        """Return the step of the newest committed checkpoint, None where there is none."""
+        latest = self.checkpoints / "latest"
+        return int(latest.read_text().removeprefix("global_step")) if latest.is_file() else None
+
+    def completed_step(self) -> int:
+        """Return the step up to which the completion record vouches, 0 where there is none."""
+        return int(json.loads(self.completion.read_text())["end_step"]) if self.completion.is_file() else 0
+
+
+def tag(step: int) -> str:
+    """Return the DeepSpeed tag of the checkpoint with ``step`` updates behind it."""
+    return f"global_step{step}"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One folder of runs of one plan with one seed."""
+
+    out: Path
+
+    @property
+    def data(self) -> Path:
+        """Tokenizer and token files."""
+        return self.out / "data"
+
+    def path(self, path: TrainingPath) -> PathFolder:
+        """Return the files of one path."""
+        return PathFolder(self.out / path.paradigm / path.name)
+
+    def parent(self, path: TrainingPath) -> PathFolder:
+        """Return the files of the path that ``path`` starts from."""
+        if path.parent is None:
+            raise RunError(f"path {path.name!r} starts from scratch and has no parent")
+        return PathFolder(self.out / path.paradigm / path.parent)
+
+    def plan_file(self) -> PlanFile:
+        """Return the plan that this folder was last run with."""
+        return load_plan_file(self.out / PLAN_FILE)
+
+    def is_complete(self, path: TrainingPath) -> bool:
+        """Return whether the path's completion record reaches its end."""
+        return self.path(path).completed_step() >= path.end_step
+
+    def open(self, plan_file: PlanFile) -> None:
+        """Create the folder for a plan, or check that the plan continues what the folder holds, and record the plan.
+
+        Raises:
+            RunError: the folder cannot be written, or a setting or a version that was trained differs.
+        """
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if (self.out / PLAN_FILE).is_file():
+                self._require_continuation(self.plan_file(), plan_file)
+            content = plan_file.model_dump(mode="json", exclude_unset=True)
+            write_text_atomic(self.out / PLAN_FILE, tomli_w.dumps(content))
+            train = plan_file.train
+            run: dict[str, Any] = {"seed": train.seed, "ranks": train.ranks} if train else {}
+            record = {"format": FORMAT, **run, "environment": environment()}
+            write_text_atomic(self.out / RUN_FILE, json.dumps(record, indent=1) + "\n")
+        except OSError as error:
+            raise RunError(f"--out {self.out}: cannot be written ({error.strerror})") from None
+
+    def _require_continuation(self, old: PlanFile, new: PlanFile) -> None:
+        for section in ("model", "data", "train", "deepspeed"):
+            _require_same_settings(self.out, section, _settings(old, section), _settings(new, section))
+        old_plan, new_plan = build_plan(old), build_plan(new)
+        _require_same_settings(self.out, "schedule", old_plan.main.fields(), new_plan.main.fields())
+        self._require_same_versions(old_plan, new_plan)
+        pooled = new.data is not None and new.data.split == "iid"
+        if pooled and len(old.versions) != len(new.versions) and self._furthest_step() > 0:
+            raise RunError(
+                f"{self.out}: with split = 'iid' all versions draw from one pool of text, so none can be added or removed "
+                f"after training has begun ({len(old.versions)} versions here, {len(new.versions)} in the plan)"
+            )
+
+    def _require_same_versions(self, old: Plan, new: Plan) -> None:
+        """Refuse a change of a version whose steps have begun; later ones are still free."""
+        furthest_step, start_step = self._furthest_step(), 0
+        for index, version in enumerate(old.versions):
+            if start_step >= furthest_step:
+                return
+            start_step += version.steps
+            now = asdict(new.versions[index]) if index < len(new.versions) else {}
+            _require_same_settings(self.out, f"version {version.name}", asdict(version), now)
+
+    def _furthest_step(self) -> int:
+        steps = [
+            PathFolder(latest.parent.parent).step() or 0
+            for paradigm in PARADIGMS
+            for latest in (self.out / paradigm).glob("*/checkpoints/latest")
+        ]
+        return max(steps, default=0)
+
+
+def _settings(plan_file: PlanFile, section: str) -> dict[str, Any]:
+    value = getattr(plan_file, section)
+    return {} if value is None else value if isinstance(value, dict) else value.model_dump()
+
+
+def _require_same_settings(out: Path, section: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    for key in [*old, *(key for key in new if key not in old)]:
+        if (section, key) not in FREE_SETTINGS and old.get(key) != new.get(key):
+            raise RunError(
+                f"{out}: [{section}] {key}: this folder was trained with {old.get(key)!r}, the plan says "
+                f"{new.get(key)!r}; give the new setting a folder of its own (--out)"
+            )
+
+
+def environment() -> dict[str, str | int | None]:
+    """Return what a reader needs to repeat a measurement: versions, processor, cores, platform."""
+    packages = {name: package_version(name) for name in ("pathswitch", "torch", "deepspeed", "sentencepiece", "numpy")}
+    return {
+        **packages,
+        "python": platform.python_version(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,1 @@
+"""The embedded default: a small LLaMA on DeepSpeed, one job per path, resumable to the bit."""

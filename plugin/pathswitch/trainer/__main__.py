@@ -1,0 +1,38 @@
+"""One rank of one path; started by the deepspeed launcher: ``deepspeed --module pathswitch.trainer ...``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from pathswitch.errors import PathSwitchError
+from pathswitch.trainer.engine import init_distributed
+from pathswitch.trainer.loop import open_job, train_path
+
+
+def main() -> int:
+    """Train the path that the arguments name; 0 when its completion record is written."""
+    parser = argparse.ArgumentParser(prog="pathswitch.trainer")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--paradigm", required=True)
+    parser.add_argument("--path", required=True)
+    parser.add_argument("--local_rank", type=int, default=0)
+    arguments = parser.parse_args()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    init_distributed()
+    try:
+        train_path(open_job(arguments.out, arguments.paradigm, arguments.path))
+    except PathSwitchError as error:
+        print(f"pathswitch: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

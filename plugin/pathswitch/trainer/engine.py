@@ -1,0 +1,153 @@
+"""The DeepSpeed engine of one path: configuration, durable saves, and loading for resume or fork."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from pathswitch.atomic import write_text_atomic
+from pathswitch.config import PlanFile, TrainSection
+from pathswitch.errors import ConfigError, RunError
+from pathswitch.run_folder import PLAN_FILE, RunFolder, tag
+from pathswitch.trainer.llama import Llama, LlamaConfig
+from pathswitch.versions import Path as TrainingPath
+
+# Keys of the ds_config that the plan decides; a second value in [deepspeed] would contradict it.
+PLAN_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+)
+
+
+def init_distributed() -> None:
+    """Join the process group that the launcher describes, without compiling anything.
+
+    DeepSpeed would build a shared-memory all-reduce with g++ first; the embedded trainer has to run where there is no
+    compiler.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()
+
+
+def micro_batch_size(train: TrainSection) -> int:
+    """Return the sequences per rank and forward pass.
+
+    Raises:
+        ConfigError: the ranks, or the ranks times the micro batch, do not divide the global batch.
+    """
+    per_rank, rest = divmod(train.global_batch_size, train.ranks)
+    if rest:
+        allowed = f"a divisor of global_batch_size ({train.global_batch_size})"
+        raise ConfigError("[train] ranks", given=train.ranks, allowed=allowed)
+    micro = train.micro_batch_size or per_rank
+    if per_rank % micro:
+        allowed = f"a divisor of the {per_rank} sequences of each rank"
+        raise ConfigError("[train] micro_batch_size", given=micro, allowed=allowed)
+    return micro
+
+
+def ds_config(plan_file: PlanFile, folder: RunFolder, path: TrainingPath) -> dict[str, Any]:
+    """Return the ds_config of one path: the plan's batch, optimizer and scheduler, and whatever [deepspeed] adds.
+
+    Raises:
+        ConfigError: [deepspeed] sets a key that the plan decides.
+    """
+    train = plan_file.train
+    assert train is not None
+    for key in PLAN_KEYS:
+        if key in plan_file.deepspeed:
+            allowed = f"not here: {', '.join(PLAN_KEYS)} follow from [train] and [schedule]"
+            raise ConfigError(f"[deepspeed] {key}", given=plan_file.deepspeed[key], allowed=allowed)
+    micro = micro_batch_size(train)
+    adam = {
+        "lr": plan_file.schedule.max_lr,
+        "betas": list(train.betas),
+        "eps": train.eps,
+        "weight_decay": train.weight_decay,
+    }
+    plan = {"plan": str(folder.out / PLAN_FILE), "path": path.name, "paradigm": path.paradigm}
+    return {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": train.global_batch_size // (micro * train.ranks),
+        "gradient_clipping": train.gradient_clipping,
+        "optimizer": {"type": "AdamW", "params": {**adam, "torch_adam": True, "fused": True}},
+        "scheduler": {"type": "PathSwitchLR", "params": plan},
+        "zero_optimization": {"stage": 1},
+        "steps_per_print": 1_000_000_000,
+        **plan_file.deepspeed,
+    }
+
+
+def llama_config(plan_file: PlanFile, vocab_size: int) -> LlamaConfig:
+    """Return the model of a plan for the vocabulary that its tokenizer really has."""
+    assert plan_file.data is not None
+    model = plan_file.model.model_dump(exclude_none=True)
+    return LlamaConfig(vocab_size=vocab_size, max_seq_len=plan_file.data.seq_len, **model)
+
+
+def build_engine(plan_file: PlanFile, folder: RunFolder, path: TrainingPath, vocab_size: int) -> Any:
+    """Return the DeepSpeed engine of one path, with the weights that its seed gives."""
+    assert plan_file.train is not None
+    model = Llama(llama_config(plan_file, vocab_size), seed=plan_file.train.seed)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    gains = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config(plan_file, folder, path))
+    return engine
+
+
+def save(engine: Any, checkpoints: Path, step: int, state: dict[str, Any]) -> None:
+    """Save the checkpoint of ``step`` and commit it: `latest` moves only when every rank has written its shards."""
+    engine.save_checkpoint(str(checkpoints), tag=tag(step), client_state=state, save_latest=False)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        write_text_atomic(checkpoints / "latest", tag(step))
+    dist.barrier()
+
+
+def load(engine: Any, folder: RunFolder, path: TrainingPath, check: Callable[[dict[str, Any]], None]) -> int:
+    """Load the path's newest checkpoint, or its parent's at the fork step, or nothing; return the step.
+
+    ``check`` sees the client state before anything is trained from it.
+
+    Raises:
+        RunError: the parent has no checkpoint at the fork step.
+    """
+    own = folder.path(path)
+    if (step := own.step()) is not None:
+        source, step_tag = own.checkpoints, tag(step)
+    elif path.parent is not None and path.start_step > 0:
+        step, source, step_tag = path.start_step, folder.parent(path).checkpoints, tag(path.start_step)
+        if not (source / step_tag).is_dir():
+            raise RunError(f"path {path.name!r} starts from {source / step_tag}, which is not there")
+    else:
+        return 0  # from scratch, as is a branch that leaves at step 0: the weights are the seed's
+    loaded, client_state = engine.load_checkpoint(str(source), tag=step_tag)
+    if loaded is None:
+        raise RunError(f"{source / step_tag}: DeepSpeed did not load this checkpoint")
+    check(client_state)
+    return step
+
+
+def release_weights(engine: Any) -> dict[str, torch.Tensor]:
+    """Return the full weights on the CPU, gathered from all ranks where ZeRO-3 has partitioned them."""
+    parameters = list(engine.module.parameters())
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+        return {name: tensor.detach().cpu().clone() for name, tensor in engine.module.state_dict().items()}
+
+
+def device() -> torch.device:
+    """Return this rank's device."""
+    return torch.device(get_accelerator().current_device_name())

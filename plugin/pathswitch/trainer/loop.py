@@ -1,0 +1,232 @@
+"""Train one path from its parent's checkpoint to its end, evaluate and export its release, record its completion."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+
+from pathswitch.atomic import write_text_atomic
+from pathswitch.config import PlanFile, build_plan
+from pathswitch.data import Prepared, SampleStream, StreamConfig, load_prepared, test_windows
+from pathswitch.errors import RunError
+from pathswitch.run_folder import PathFolder, RunFolder
+from pathswitch.trainer.engine import build_engine, device, llama_config, load, release_weights, save
+from pathswitch.trainer.evaluate import evaluate
+from pathswitch.trainer.export import export_release
+from pathswitch.versions import Path as TrainingPath
+from pathswitch.versions import Plan
+
+
+@dataclass(frozen=True)
+class Job:
+    """One path on one rank."""
+
+    folder: RunFolder
+    plan_file: PlanFile
+    plan: Plan
+    path: TrainingPath
+    data: Prepared
+    rank: int
+    world_size: int
+
+    @property
+    def files(self) -> PathFolder:
+        """The files of this path."""
+        return self.folder.path(self.path)
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+    def stream(self) -> SampleStream:
+        """Return the samples of every step: the main path's order, or for PTFS the same samples mixed."""
+        data, train = self.plan_file.data, self.plan_file.train
+        assert data is not None and train is not None
+        names = [version.name for version in self.plan.versions]
+        return SampleStream(
+            [self.data.train_tokens(name) for name in names],
+            [version.steps for version in self.plan.versions],
+            names,
+            StreamConfig(train.seed, data.seq_len, train.global_batch_size, data.split, data.repeat),
+            mixed_until=self.path.end_step if self.path.paradigm == "ptfs" else None,
+        )
+
+    def save_steps(self) -> set[int]:
+        """Return the steps after which this path saves: where others fork from it, its end, and every k steps."""
+        paths = self.plan.paths(self.path.paradigm)
+        forks = {path.start_step for path in paths if path.parent == self.path.name}
+        every = self.plan_file.train.save_every_steps if self.plan_file.train else None
+        regular = range(0, self.path.end_step, every) if every else ()
+        return forks | {self.path.end_step} | set(regular)
+
+
+def open_job(out: Path, paradigm: str, name: str) -> Job:
+    """Return the job of this rank."""
+    folder = RunFolder(out)
+    plan_file = folder.plan_file()
+    plan = build_plan(plan_file)
+    path = plan.path(name, paradigm)  # type: ignore[arg-type]
+    return Job(folder, plan_file, plan, path, load_prepared(folder.data), dist.get_rank(), dist.get_world_size())
+
+
+def train_path(job: Job) -> None:
+    """Train, save, evaluate and release one path; done already, it only completes what is missing.
+
+    Raises:
+        PathSwitchError: the plan, the data and the checkpoints disagree, or another process trains this path.
+    """
+    with _only_process(job):
+        stream = job.stream()
+        engine = build_engine(job.plan_file, job.folder, job.path, job.data.tokenizer.vocab_size)
+        step = load(engine, job.folder, job.path, lambda state: _check_data(job, state))
+        with _metrics_file(job, step) as metrics:
+            _train(job, engine, stream, step, metrics)
+        if job.path.release is not None:
+            _evaluate(job, engine)
+            _release(job, engine)
+        if job.is_first_rank:
+            _write_completion(job)
+
+
+def _train(job: Job, engine: Any, stream: SampleStream, start_step: int, metrics: IO[str] | None) -> None:
+    save_steps, where = job.save_steps(), device()
+    micro = engine.train_micro_batch_size_per_gpu()
+    loss_sum = torch.zeros((), device=where)
+    engine.train()
+    for step in range(start_step, job.path.end_step):
+        started = time.perf_counter()
+        batch = torch.from_numpy(stream.batch(step, job.rank, job.world_size)).to(where)
+        loss_sum.zero_()
+        for part in batch.split(micro):
+            loss = engine(part[:, :-1], part[:, 1:])
+            engine.backward(loss)
+            engine.step()
+            loss_sum += loss.detach()
+        dist.all_reduce(loss_sum)
+        if metrics is not None:
+            record = {
+                "step": step,
+                "lr": engine.lr_scheduler.get_last_update_lr()[0],
+                "loss": loss_sum.item() / (job.world_size * engine.gradient_accumulation_steps()),
+                "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+                "seconds": time.perf_counter() - started,
+            }
+            metrics.write(json.dumps(record) + "\n")
+        if step + 1 in save_steps:
+            save(engine, job.files.checkpoints, step + 1, _client_state(job))
+
+
+def _client_state(job: Job) -> dict[str, Any]:
+    return {"pathswitch_data": {name: job.data.n_tokens[name] for name in job.data.names}, "seed": _seed(job)}
+
+
+def _check_data(job: Job, state: dict[str, Any]) -> None:
+    """Refuse a checkpoint that was trained on other data: resuming needs no data state but the step."""
+    trained, now = state.get("pathswitch_data"), job.data.n_tokens
+    if trained is None or any(now.get(name, count) != count for name, count in trained.items()):
+        raise RunError(f"the checkpoint was trained on other data: tokens {trained}, here {now}")
+    if state.get("seed") != _seed(job):
+        raise RunError(f"the checkpoint was trained with seed {state.get('seed')}, the plan says {_seed(job)}")
+
+
+def _seed(job: Job) -> int:
+    assert job.plan_file.train is not None
+    return job.plan_file.train.seed
+
+
+def _evaluate(job: Job, engine: Any) -> None:
+    """Measure the weights on every version's test text."""
+    assert job.plan_file.data is not None
+    results = {}
+    for name in job.data.names:
+        inputs, targets = test_windows(job.data.test_tokens(name), job.plan_file.data.seq_len)
+        result = evaluate(
+            engine.module,
+            (inputs, targets),
+            n_bytes=job.data.test_bytes(name),
+            batch_size=max(8, engine.train_micro_batch_size_per_gpu()),
+            rank=job.rank,
+            world_size=job.world_size,
+            all_reduce=dist.all_reduce,
+        )
+        results[name] = {
+            "nll_nats": result.nll_nats,
+            "tokens": result.tokens,
+            "n_bytes": result.n_bytes,
+            "perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte,
+        }
+    if job.is_first_rank:
+        content = {"step": job.path.end_step, "test_sets": results}
+        write_text_atomic(job.files.evaluation, json.dumps(content, indent=1) + "\n")
+    if engine.monitor.enabled:
+        step_samples = engine.global_samples
+        engine.monitor.write_events(
+            [(f"Test/perplexity/{name}", result["perplexity"], step_samples) for name, result in results.items()]
+        )
+
+
+def _release(job: Job, engine: Any) -> None:
+    weights = release_weights(engine)
+    if job.is_first_rank:
+        config = llama_config(job.plan_file, job.data.tokenizer.vocab_size)
+        metadata = {"version": job.path.name, "paradigm": job.path.paradigm, "step": str(job.path.end_step)}
+        export_release(weights, config, job.folder.data / "tokenizer.model", job.files.release, metadata=metadata)
+
+
+def _write_completion(job: Job) -> None:
+    assert job.plan_file.tokens_per_step is not None
+    seconds = sum(json.loads(line)["seconds"] for line in job.files.metrics.read_text().splitlines())
+    record = {
+        "paradigm": job.path.paradigm,
+        "path": job.path.name,
+        "start_step": job.path.start_step,
+        "end_step": job.path.end_step,
+        "seconds": seconds,
+        "tokens_per_s": job.path.steps * job.plan_file.tokens_per_step / seconds if seconds else 0.0,
+    }
+    write_text_atomic(job.files.completion, json.dumps(record, indent=1) + "\n")
+
+
+@contextmanager
+def _metrics_file(job: Job, start_step: int) -> Iterator[IO[str] | None]:
+    """Open the first rank's metrics for appending, without the lines of updates that are done again."""
+    if not job.is_first_rank:
+        yield None
+        return
+    metrics = job.files.metrics
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start_step]
+    write_text_atomic(metrics, "".join(kept))
+    with metrics.open("a", buffering=1) as file:
+        yield file
+
+
+@contextmanager
+def _only_process(job: Job) -> Iterator[None]:
+    """Hold the path's lock: ranks that outlived a killed launcher must not train beside their successors."""
+    if not job.is_first_rank:
+        yield
+        return
+    job.files.folder.mkdir(parents=True, exist_ok=True)
+    with (job.files.folder / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise RunError(f"{job.files.folder}: process {lock.read().strip()} is training this path") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
