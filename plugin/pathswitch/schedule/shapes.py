@@ -17,6 +17,19 @@ from pathswitch.errors import ConfigError, choices
 Curve = Callable[[float], float]
 
 
+def _scaled(multiplier: Curve, max_lr: float, final_lr: float) -> Curve:
+    """Return x -> final_lr + multiplier(x) * (max_lr - final_lr), never above max_lr."""
+    span = max_lr - final_lr
+
+    def lr(x: float) -> float:
+        share = multiplier(x)
+        value = final_lr + share * span
+        # final_lr + 1.0 * span may miss max_lr by one unit in the last place.
+        return max_lr if share >= 1.0 or value > max_lr else value
+
+    return lr
+
+
 @dataclass(frozen=True)
 class Shape:
     """Base of all shapes; its dataclass fields are the shape's parameters, under the same names as in a plan."""
@@ -29,15 +42,7 @@ class Shape:
 
     def curve(self, max_lr: float, final_lr: float) -> Curve:
         """Return x -> LR for 0 <= x < 1, equal to ``max_lr`` to the bit wherever the multiplier is 1."""
-        multiplier, span = self.multiplier(), max_lr - final_lr
-
-        def lr(x: float) -> float:
-            share = multiplier(x)
-            value = final_lr + share * span
-            # final_lr + 1.0 * span may miss max_lr by one unit in the last place.
-            return max_lr if share >= 1.0 or value > max_lr else value
-
-        return lr
+        return _scaled(self.multiplier(), max_lr, final_lr)
 
     def resolve_final_lr(self, max_lr: float, final_lr: float | None, where: str) -> float:
         """Return the LR that the decay ends at; the default is 0, a complete decay.
@@ -141,13 +146,10 @@ class Harmonic(Shape):
     name = "harmonic"
 
     def curve(self, max_lr: float, final_lr: float) -> Curve:
-        """Return x -> 1 / ((1 - x) / max_lr + x / final_lr)."""
-
-        def lr(x: float) -> float:
-            value = 1.0 / ((1.0 - x) / max_lr + x / final_lr)
-            return max_lr if x == 0.0 or value > max_lr else value
-
-        return lr
+        """Return x -> 1 / ((1 - x) / max_lr + x / final_lr), in a form that rounding cannot make rise."""
+        ratio = final_lr / max_lr
+        rest = 1.0 - ratio
+        return _scaled(lambda x: ratio * (1.0 - x) / (ratio + x * rest), max_lr, final_lr)
 
     def resolve_final_lr(self, max_lr: float, final_lr: float | None, where: str) -> float:
         """Return ``final_lr``; raise ConfigError unless it is given and positive."""

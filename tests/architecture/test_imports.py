@@ -1,0 +1,96 @@
+"""Who may import whom: this table is the architecture."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "plugin" / "pathswitch"
+
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "atomic": set(),
+    "schedule": {"errors"},
+    "versions": {"errors", "schedule"},
+    "config": {"errors", "schedule", "versions"},
+    "data": {"errors", "atomic"},
+    "run_folder": {"errors", "atomic", "config", "versions"},
+    "integrations": {"errors", "schedule", "versions", "config"},
+    "trainer": {"errors", "atomic", "config", "versions", "run_folder", "data", "integrations"},
+    "launch": {"errors", "config", "versions", "run_folder"},
+    "report": {"errors", "atomic", "config", "schedule", "versions"},
+}
+STDLIB_ONLY = ("errors", "atomic", "schedule", "versions")
+# Optional or heavy packages are imported by these files alone.
+OWNERS = {
+    "deepspeed": {"integrations/deepspeed.py", "trainer/engine.py"},
+    "matplotlib": {"report/plots.py", "report/style.py"},
+    "jinja2": {"report/html.py"},
+    "sentencepiece": {"data/tokenizer.py"},
+    "safetensors": {"trainer/export.py"},
+    "tomli_w": {"run_folder.py"},
+    "typer": {"cli/app.py"},
+}
+
+
+def imports(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_rooms_import_only_what_they_may(file: Path) -> None:
+    room, rooms = room_of(file), {room_of(other) for other in FILES}
+    used = {name.split(".")[1] for name in imports(file) if name.startswith("pathswitch.")} & rooms
+    if room != "cli":  # the command line may use every room; no room may use it
+        assert used - {room} <= ALLOWED[room]
+    assert not any(name.startswith("pathswitch_megatron") for name in imports(file))
+    if room in STDLIB_ONLY:
+        assert {name.split(".")[0] for name in imports(file)} <= set(sys.stdlib_module_names) | {"pathswitch"}
+    for package, owners in OWNERS.items():
+        if any(name.split(".")[0] == package for name in imports(file)):
+            assert str(file.relative_to(PACKAGE)) in owners
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("pathswitch", {"torch", "deepspeed", "numpy", "pydantic"}),
+        ("pathswitch.schedule, pathswitch.versions", {"torch", "deepspeed", "numpy", "pydantic"}),
+        ("pathswitch.cli", {"torch", "deepspeed", "matplotlib"}),
+    ],
+)
+def test_imports_stay_light(module: str, absent: set[str]) -> None:
+    code = f"import {module}, sys; print(sorted({absent!r} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.strip() == "[]"
+
+
+def test_source_roots_are_not_packages() -> None:
+    for folder in ("plugin", "megatron_patches", "launch", "ds_configs"):
+        assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_files_and_functions_stay_small() -> None:
+    for file in FILES:
+        assert file.read_text().count("\n") <= 400, file
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 60, f"{file}: {node.name}"
