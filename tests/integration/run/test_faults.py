@@ -1,0 +1,129 @@
+"""Killed, interrupted and misled runs: an error that says why, nothing left running, and the same bits after all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from run_harness import Write, assert_same_bits, checkpoint, metrics, pathswitch, ranks_of, start, write_tiny_plan
+
+pytestmark = pytest.mark.slow
+
+SIZE = {"versions": 1, "steps": 40, "hidden_size": 128, "train": "save_every_steps = 4"}
+FORK = 16
+
+
+def wait_for_step(run: subprocess.Popen[str], out: Path, step: int) -> None:
+    """Wait until the main path has done ``step`` updates."""
+    file = out / "path_switching" / "main" / "metrics.jsonl"
+    for _ in range(6000):
+        if file.is_file() and file.read_text().count("\n") >= step:
+            return
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.02)
+    raise AssertionError(f"{file} does not reach step {step}")
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    for _ in range(1500):
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"still running: {pids}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    done = pathswitch("run", write_tiny_plan(corpus, "faults", **SIZE), "--out", out)  # type: ignore[arg-type]
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def assert_equal_runs(a: Path, b: Path) -> None:
+    for path, end in (("main", FORK), ("v1", 40)):
+        assert metrics(a / "path_switching", path) == metrics(b / "path_switching", path)
+        assert_same_bits(checkpoint(a / "path_switching", path, end), checkpoint(b / "path_switching", path, end))
+    for file in ("evaluation.json", "release/model.safetensors"):
+        assert (a / "path_switching/v1" / file).read_bytes() == (b / "path_switching/v1" / file).read_bytes()
+
+
+def test_kill_9_of_one_rank_then_the_same_bits(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run = start("run", corpus / "faults.toml", "--out", out)
+    wait_for_step(run, out, 10)
+    ranks = ranks_of(out)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 2
+    assert "path_switching/main did not complete" in errors
+    wait_until_gone(ranks)
+    again = pathswitch("run", corpus / "faults.toml", "--out", out)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "starting at step 0 " not in again.stdout
+    assert_equal_runs(out, uninterrupted)
+
+
+def test_a_dead_launcher_with_exit_code_0_is_no_success(corpus: Path, tmp_path: Path) -> None:
+    """Killed by signal 9, launch.py takes no rank with it, and `deepspeed` exits with 0."""
+    out = tmp_path / "run"
+    run = start("run", corpus / "faults.toml", "--out", out)
+    wait_for_step(run, out, 2)
+    ranks = ranks_of(out)
+    launcher = int(Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(launcher, signal.SIGKILL)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 2
+    assert "did not complete (launcher exit code 0)" in errors
+    wait_until_gone(ranks)
+
+
+def test_sigterm_ends_all_ranks_and_the_next_call_goes_on(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run = start("run", corpus / "faults.toml", "--out", out)
+    wait_for_step(run, out, 6)
+    ranks = ranks_of(out)
+    run.send_signal(signal.SIGTERM)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 130
+    assert "run the same command again" in errors
+    wait_until_gone(ranks)
+    again = pathswitch("run", corpus / "faults.toml", "--out", out)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert_equal_runs(out, uninterrupted)
+
+
+def test_two_runs_of_one_path_cannot_mix(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first = start("run", corpus / "faults.toml", "--out", out)
+    wait_for_step(first, out, 1)
+    second = pathswitch("run", corpus / "faults.toml", "--out", out)
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=120)
+    assert second.returncode == 2
+    assert "is training this path" in second.stderr
+
+
+def test_a_plan_that_disagrees_with_its_folder_is_refused(uninterrupted: Path, write_plan: Write) -> None:
+    longer = write_plan("longer", **{**SIZE, "steps": 50})
+    other_model = write_plan("other", **{**SIZE, "hidden_size": 64})
+    other_seed = pathswitch("run", longer.with_name("faults.toml"), "--out", uninterrupted, "--seed", 7)
+    for done, words in (
+        (pathswitch("run", longer, "--out", uninterrupted), ["[version v1] steps", "40", "50"]),
+        (pathswitch("run", other_model, "--out", uninterrupted), ["[model] hidden_size", "128", "64"]),
+        (other_seed, ["[train] seed", "1", "7"]),
+    ):
+        assert done.returncode == 2
+        assert all(word in done.stderr for word in words), done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_more_frequent_saves_are_not_another_plan(uninterrupted: Path, write_plan: Write) -> None:
+    plan = write_plan("saves", **{**SIZE, "train": "save_every_steps = 5"})
+    done = pathswitch("run", plan, "--out", uninterrupted)
+    assert done.returncode == 0, done.stderr
