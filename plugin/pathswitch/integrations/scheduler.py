@@ -21,27 +21,30 @@ from pathswitch.schedule.paths import Field
 from pathswitch.versions import MAIN, Paradigm, Path, Plan
 
 STATE_FORMAT = 1
-GROUP_KEY = "pathswitch_group"
+PATH_VARIABLE = "PATHSWITCH_PATH"
 
 
 class PathSwitchLR(LRScheduler):
     """Sets the LR of every update to the plan's LR for one path, times the param group's own multiple.
 
-    A group's multiple is its LR over the optimizer's default LR when the scheduler is made (1 for groups without an
-    LR of their own). ``step()`` is called once after each optimizer update. The state is one counter, the number of
-    updates done, with the fields that determine the LR and their digest.
+    Where param groups have LRs of their own, a group's multiple is its LR over the optimizer's default LR when the
+    scheduler is made; where all have the same LR it is 1. ``step()`` is called after each optimizer update. The state
+    is one counter, the number of updates done, with the fields that determine the LR and their digest.
 
     Args:
         optimizer: a torch optimizer, or a wrapper that holds one in ``.optimizer`` (ZeRO, fp16, Accelerate).
         plan: a plan file (relative to the working directory); without it ``inline`` holds the plan.
         path: ``main``, or a version's name; the environment variable PATHSWITCH_PATH overrides it.
         paradigm: ``path_switching``, or the baseline that a path belongs to.
-        initial_step: updates already done, for a checkpoint that another scheduler wrote.
+        initial_step: updates already done, for loading a checkpoint that another scheduler, or none, wrote.
         inline: the keys of a plan's [schedule], and ``versions`` with name, steps and their own decay.
 
     Raises:
         ConfigError: a parameter is unknown or out of range, or the plan has no such path.
     """
+
+    _last_lr: list[float]  # type: ignore[assignment]
+    _step_count = 0  # Accelerate adds to it while it accumulates gradients
 
     def __init__(
         self,
@@ -54,16 +57,14 @@ class PathSwitchLR(LRScheduler):
     ) -> None:
         self.optimizer = _torch_optimizer(optimizer)
         self._plan = _resolve_plan(plan, inline)
-        self.path = self._plan.path(os.environ.get("PATHSWITCH_PATH") or path, paradigm)
-        self._initial_step = initial_step
-        self._updates = 0
-        self._updated_since_step = self._update_seen = False
+        self.path = _select_path(self._plan, path, paradigm)
+        self._foreign_step = _check_initial_step(initial_step)
         self._multiples = _lr_multiples(self.optimizer)
-        self._mark_groups()
+        self._updates = 0
+        self._updated_since_step = False
         self._set_step(0)
-        self._last_update_lrs = list(self._last_lr)
-        self.optimizer.register_step_pre_hook(self._before_update)
-        self.optimizer.register_load_state_dict_post_hook(self._after_optimizer_load)
+        self._last_update_lrs = self._last_lr
+        self._hook()
         if "deepspeed.runtime.engine" in sys.modules:
             from pathswitch.integrations.deepspeed import patch_engine
 
@@ -82,20 +83,17 @@ class PathSwitchLR(LRScheduler):
     def step(self, epoch: int | None = None) -> None:
         """Count one optimizer update and set the LR of the next.
 
-        Called again without an update in between (an update that a gradient scaler skipped, or Accelerate, which steps
-        a prepared scheduler once per process), it does not count.
+        Called without an update since the last call (a gradient scaler skipped the update, or Accelerate steps the
+        scheduler once per process), it does not count.
 
         Raises:
-            ScheduleError: the path ends here by its plan, or a step number is given.
+            ScheduleError: a step number is given.
         """
         if epoch is not None:
             raise ScheduleError(f"PathSwitchLR.step() takes no step number, given {epoch!r}: it counts updates itself")
-        if self._update_seen and not self._updated_since_step:
-            return
-        if self._past_end(self._updates):
-            raise ScheduleError(self._end_message(self._updates + 1))
-        self._updated_since_step = False
-        self._set_step(self._updates + 1)
+        if self._updated_since_step:
+            self._set_step(self._updates + 1)
+            self._updated_since_step = False
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """Return the LR of the next update for every param group, computed from the plan."""
@@ -132,13 +130,17 @@ class PathSwitchLR(LRScheduler):
             step = self._step_of_foreign_state(state_dict)
         else:
             step = self._step_of_state(state_dict)
-        self._updated_since_step = False
+        self._check_position(step)
         self._set_step(step)
-        self.check_position()
+        self._updated_since_step = False
+        self._last_update_lrs = self._last_lr
 
     def check_position(self) -> None:
         """Raise ScheduleError unless the counter lies between this path's first and last step."""
-        path, step = self.path, self._updates
+        self._check_position(self._updates)
+
+    def _check_position(self, step: int) -> None:
+        path = self.path
         if step < path.start_step:
             parent = f"a checkpoint of {path.parent!r}" if path.parent else "the beginning"
             raise ScheduleError(
@@ -158,8 +160,8 @@ class PathSwitchLR(LRScheduler):
         )
 
     def _step_of_foreign_state(self, state: object) -> int:
-        if self._initial_step is not None:
-            return self._initial_step
+        if self._foreign_step is not None:
+            return self._foreign_step
         found = "no scheduler state" if state is None else f"the state of another scheduler ({_describe(state)})"
         raise ScheduleError(
             f"the checkpoint holds {found}; PathSwitchLR needs its own, or the parameter initial_step: "
@@ -189,30 +191,57 @@ class PathSwitchLR(LRScheduler):
         return step
 
     def _set_step(self, step: int) -> None:
+        """Write the LRs of the update number ``step`` into the groups, then move the counter: all or nothing."""
+        lr = self.path.lr(step)
+        lrs = [multiple * lr for multiple in self._multiples]
+        self._groups = list(self.optimizer.param_groups)
+        self._write(lrs)
+        self._last_lr = lrs
         self._updates = step
-        self._last_lr = self.get_lr()
-        for group in self.optimizer.param_groups:
-            _set_lr(group, self._last_lr[group[GROUP_KEY]])
 
-    def _mark_groups(self) -> None:
-        # ZeRO 1 and 2 show the optimizer one group at a time during a step, so position cannot identify a group.
-        for index, group in enumerate(self.optimizer.param_groups):
-            group[GROUP_KEY] = index
+    def _write(self, lrs: list[float]) -> None:
+        groups = self.optimizer.param_groups
+        if len(groups) != len(lrs):
+            lrs = [lrs[self._position(group)] for group in groups]
+        for group, lr in zip(groups, lrs, strict=True):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def _position(self, group: dict[str, Any]) -> int:
+        # ZeRO 1 and 2 show the optimizer one group at a time during a step. A mark in the group would not do to find
+        # its place: loading a universal checkpoint, ZeRO 3 copies all keys of group 0 into every group.
+        for position, known in enumerate(self._groups[: len(self._multiples)]):
+            if known is group:
+                return position
+        raise ScheduleError(
+            f"the optimizer has a param group that it did not have when PathSwitchLR was made (with "
+            f"{len(self._multiples)} groups): add param groups before"
+        )
+
+    def _hook(self) -> None:
+        """Hook into the optimizer, in place of an earlier PathSwitchLR of the same optimizer."""
+        for handle in getattr(self.optimizer, "_pathswitch_hooks", ()):
+            handle.remove()
+        self.optimizer._pathswitch_hooks = (  # type: ignore[attr-defined]
+            self.optimizer.register_step_pre_hook(self._before_update),
+            self.optimizer.register_load_state_dict_post_hook(self._after_optimizer_load),
+        )
 
     def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Write the LR of this update into the groups, whatever a checkpoint has put there since ``step()``."""
-        if self._past_end(self._updates):
-            raise ScheduleError(self._end_message(self._updates + 1))
-        if self._updates < self.path.start_step:
-            self.check_position()
-        for group in optimizer.param_groups:
-            _set_lr(group, self._last_lr[group[GROUP_KEY]])
+        step = self._updates
+        if self._past_end(step):
+            raise ScheduleError(self._end_message(step + 1))
+        if step < self.path.start_step:
+            self._check_position(step)
+        self._write(self._last_lr)
         self._last_update_lrs = self._last_lr
-        self._updated_since_step = self._update_seen = True
+        self._updated_since_step = True
 
     def _after_optimizer_load(self, optimizer: Optimizer) -> None:
-        """Put our marks and LRs back: loading has replaced every group by the checkpoint's."""
-        self._mark_groups()
+        """Put our LRs back: loading has replaced every group by the checkpoint's."""
         self._set_step(self._updates)
 
 
@@ -227,7 +256,7 @@ def _torch_optimizer(optimizer: Any) -> Optimizer:
     return inner
 
 
-def _resolve_plan(plan: str | None, inline: Mapping[str, object]) -> Plan:
+def _resolve_plan(plan: object, inline: Mapping[str, object]) -> Plan:
     # Imported here: pydantic would slow down every `import torch` of this environment.
     from pathswitch.config import build_plan, load_plan_file, plan_from_params
 
@@ -236,28 +265,45 @@ def _resolve_plan(plan: str | None, inline: Mapping[str, object]) -> Plan:
     if inline:
         allowed = "a plan file or inline parameters, not both"
         raise ConfigError("PathSwitchLR parameters", given=f"plan and {', '.join(inline)}", allowed=allowed)
-    return build_plan(load_plan_file(os.path.abspath(plan)), plan)
+    if not isinstance(plan, str | os.PathLike):
+        raise ConfigError("PathSwitchLR plan", given=plan, allowed="the name of a plan file")
+    return build_plan(load_plan_file(os.path.abspath(plan)), str(plan))
+
+
+def _select_path(plan: Plan, path: object, paradigm: object) -> Path:
+    variable = os.environ.get(PATH_VARIABLE)
+    name = variable or path
+    for where, given in (("path", name), ("paradigm", paradigm)):
+        if not isinstance(given, str):
+            raise ConfigError(f"PathSwitchLR {where}", given=given, allowed="a name")
+    try:
+        return plan.path(cast(str, name), cast(Paradigm, paradigm))
+    except ConfigError as error:
+        from_variable = variable and error.where == "path"
+        where = f"environment variable {PATH_VARIABLE}" if from_variable else f"PathSwitchLR {error.where}"
+        raise ConfigError(where, given=error.given, allowed=error.allowed) from None
+
+
+def _check_initial_step(initial_step: object) -> int | None:
+    if initial_step is None or (type(initial_step) is int and initial_step >= 0):
+        return initial_step
+    raise ConfigError("PathSwitchLR initial_step", given=initial_step, allowed="a whole number >= 0")
 
 
 def _lr_multiples(optimizer: Optimizer) -> list[float]:
     """Return each group's LR over the optimizer's default LR; ``initial_lr`` is torch's memory of a group's own LR."""
+    own_lrs = [float(group.setdefault("initial_lr", float(group["lr"]))) for group in optimizer.param_groups]
+    if len(set(own_lrs)) == 1:
+        return [1.0] * len(own_lrs)
     default_lr = float(optimizer.defaults["lr"])
-    multiples = []
-    for group in optimizer.param_groups:
-        own_lr = float(group.setdefault("initial_lr", float(group["lr"])))
-        if own_lr != default_lr and default_lr <= 0:
-            raise ConfigError(
-                "optimizer lr", given=default_lr, allowed="an LR > 0 where param groups have LRs of their own"
-            )
-        multiples.append(1.0 if own_lr == default_lr else own_lr / default_lr)
-    return multiples
-
-
-def _set_lr(group: dict[str, Any], lr: float) -> None:
-    if isinstance(group["lr"], torch.Tensor):
-        group["lr"].fill_(lr)
-    else:
-        group["lr"] = lr
+    if default_lr <= 0 or default_lr not in own_lrs:
+        # AdamW([{..., "lr": a}, {..., "lr": b}]) leaves torch's 1e-3 as default: no share of that is meant.
+        raise ConfigError(
+            "optimizer lr",
+            given=f"default {default_lr!r} beside param groups with {', '.join(map(repr, own_lrs))}",
+            allowed="an LR > 0 that one of the groups has too: it is the one that becomes max_lr",
+        )
+    return [own_lr / default_lr for own_lr in own_lrs]
 
 
 def _require_same_fields(path: Path, saved: Mapping[str, Field]) -> None:

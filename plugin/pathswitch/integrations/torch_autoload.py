@@ -2,7 +2,7 @@
 
 DeepSpeed looks a scheduler's name up in ``torch.optim.lr_scheduler``; setting one attribute there is the whole
 adoption, and training scripts stay untouched. TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches PyTorch's loading of entry
-points off; then ``import pathswitch.integrations.scheduler`` and ``register()`` do the same by hand.
+points off; then ``import pathswitch.integrations`` in the script does the same.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from pathswitch.versions import Path as TrainingPath
 
 ERROR_MARK = "pathswitch: error: "
 LOG_TAIL_LINES = 15
+RAISED = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b.*: ")
 
 
 def require_trainable(plan_file: PlanFile) -> None:
@@ -67,12 +69,14 @@ def _run_path(plan_file: PlanFile, folder: RunFolder, path: TrainingPath, label:
 
 
 def _reason(log: Path, start: int) -> str:
-    """Return our own error message from this job's part of the log, or else the log's tail."""
+    """Return our own error message from this job's part of the log, or the first exception, or the log's tail."""
     with log.open("rb") as file:
         file.seek(start)
         lines = file.read().decode(errors="replace").splitlines()
     ours = [line.partition(ERROR_MARK)[2] for line in lines if ERROR_MARK in line]
-    if ours:
-        return f"{ours[0]} (log: {log})"
+    # The ranks that wait for a dead one fail too, with the news that its connection is closed.
+    raised = [line for line in lines if RAISED.match(line) and "Connection closed by peer" not in line]
+    if ours or raised:
+        return f"{(ours or raised)[0]} (log: {log})"
     tail = "\n  ".join(lines[-LOG_TAIL_LINES:])
     return f"the last lines of {log}:\n  {tail}"

@@ -24,7 +24,6 @@ class PathProgress:
         self._first_step, self._end_step, self._tokens_per_step = first_step, end_step, tokens
         self._offset = metrics.stat().st_size if metrics.is_file() else 0
         self._last_line = time.monotonic()
-        self._begun = self._last_line
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
@@ -61,6 +60,16 @@ class PathProgress:
         elif time.monotonic() - self._last_line >= LINE_SECONDS or done == self._end_step:
             self._last_line = time.monotonic()
             self._console.print(f"{self._label}: step {done} of {self._end_step}  {details}", highlight=False)
+        if done == self._end_step:
+            self._say_closing()
+
+    def _say_closing(self) -> None:
+        """Say what goes on behind the last update: no step is shown any more."""
+        closing = "saving, evaluating on all test text, exporting"
+        if self._bar is not None:
+            self._bar.update(self._task, details=closing)
+        else:
+            self._console.print(f"{self._label}: {closing}", highlight=False)
 
     def _newest_record(self) -> dict[str, Any] | None:
         """Return the last whole line that has appeared since the last look."""

@@ -108,7 +108,7 @@ def _train(job: Job, engine: Any, stream: SampleStream, start_step: int, metrics
         started = time.perf_counter()
         batch = torch.from_numpy(stream.batch(step, job.rank, job.world_size)).to(where)
         loss_sum.zero_()
-        for part in batch.split(micro):
+        for part in torch.split(batch, micro):  # type: ignore[no-untyped-call]
             loss = engine(part[:, :-1], part[:, 1:])
             engine.backward(loss)
             engine.step()
@@ -182,7 +182,14 @@ def _release(job: Job, engine: Any) -> None:
     if job.is_first_rank:
         config = llama_config(job.plan_file, job.data.tokenizer.vocab_size)
         metadata = {"version": job.path.name, "paradigm": job.path.paradigm, "step": str(job.path.end_step)}
-        export_release(weights, config, job.folder.data / "tokenizer.model", job.files.release, metadata=metadata)
+        export_release(
+            weights,
+            config,
+            job.folder.data / "tokenizer.model",
+            job.files.release,
+            metadata=metadata,
+            eos_token_id=job.data.tokenizer.eos_id,
+        )
 
 
 def _write_completion(job: Job) -> None:

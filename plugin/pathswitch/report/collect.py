@@ -1,0 +1,349 @@
+"""From run folders to one comparison: quality and cost of every version, by paradigm, over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import isfinite
+from pathlib import Path as FilePath
+from typing import Any
+
+from pathswitch.config import PlanFile
+from pathswitch.errors import RunError
+from pathswitch.report.runs import PathRun, RunFolder, Score, read_run_folder
+from pathswitch.versions import PARADIGMS, Cost, Paradigm, Plan
+
+JSON_FORMAT = 1
+# [deepspeed] says how a machine computes, not what; everything else must agree for numbers to stand side by side.
+COMPARED_SECTIONS = ("schedule", "versions", "baselines", "model", "data", "train")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One value per seed: a mean, and the range that seeds alone explain."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Return the mean over seeds."""
+        return sum(self.values) / len(self.values)
+
+    @property
+    def low(self) -> float:
+        """Return the lowest value."""
+        return min(self.values)
+
+    @property
+    def high(self) -> float:
+        """Return the highest value."""
+        return max(self.values)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a version knows some text, over seeds; lower is better in both units."""
+
+    perplexity: Spread
+    bits_per_byte: Spread
+
+
+@dataclass(frozen=True)
+class VersionResult:
+    """One released version of one paradigm: what it cost up to here, and what it knows."""
+
+    paradigm: Paradigm
+    version: str
+    seeds: tuple[int, ...]
+    steps: int
+    """Steps that the paradigm trains for all versions up to and including this one."""
+    ratio_to_ptfs: float
+    """These steps over those of pre-training every version so far from scratch."""
+    all_so_far: Quality
+    """On the test text of all versions up to this one, pooled."""
+    newest: Quality
+    """On this version's own test text."""
+    test_sets: dict[str, Quality]
+    """A row of the matrix version x test set: every version's test text, later ones too where they were evaluated."""
+
+
+@dataclass(frozen=True)
+class Incomplete:
+    """A planned path without a complete result."""
+
+    paradigm: Paradigm
+    path: str
+    seed: int
+    done_steps: int
+    steps: int
+    trained: bool
+    """Training is complete; only the evaluation of the release is missing."""
+
+    @property
+    def status(self) -> str:
+        """Say how far it is."""
+        if self.trained:
+            return "trained, not evaluated"
+        return f"not complete ({self.done_steps:,} of {self.steps:,} steps)"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that a report shows."""
+
+    folders: tuple[RunFolder, ...]
+    results: tuple[VersionResult, ...]
+    incomplete: tuple[Incomplete, ...]
+
+    @property
+    def plan_file(self) -> PlanFile:
+        """The plan file that all folders share, but for its seed."""
+        return self.folders[0].plan_file
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that all folders share."""
+        return self.folders[0].plan
+
+    @property
+    def tokens_per_step(self) -> int | None:
+        """Tokens of one optimizer step, or None where the plan does not say."""
+        return self.plan_file.tokens_per_step
+
+    @property
+    def split(self) -> str:
+        """How the text was split into versions."""
+        return self.plan_file.data.split if self.plan_file.data else "unknown"
+
+    @cached_property
+    def seeds(self) -> tuple[int, ...]:
+        """All seeds, in order."""
+        return tuple(sorted({folder.seed for folder in self.folders}))
+
+    @cached_property
+    def paradigms(self) -> tuple[Paradigm, ...]:
+        """Paradigms that were run or begun, in the order of PARADIGMS."""
+        return tuple(p for p in PARADIGMS if any(p in folder.runs for folder in self.folders))
+
+    def seeds_of(self, paradigm: Paradigm) -> tuple[int, ...]:
+        """Seeds that a paradigm was run with, or begun."""
+        return tuple(sorted(folder.seed for folder in self.folders if paradigm in folder.runs))
+
+    @property
+    def not_run(self) -> tuple[Paradigm, ...]:
+        """Paradigms that no folder holds."""
+        return tuple(p for p in PARADIGMS if p not in self.paradigms)
+
+    def results_of(self, version: str) -> tuple[VersionResult, ...]:
+        """Return the results of one version, in the order of PARADIGMS."""
+        return tuple(result for result in self.results if result.version == version)
+
+    @cached_property
+    def focus(self) -> str | None:
+        """The last version that two paradigms have released, or else the last released one: what to look at first."""
+        released = [v.name for v in self.plan.versions if self.results_of(v.name)]
+        compared = [name for name in released if len(self.results_of(name)) > 1]
+        candidates = compared or released
+        return candidates[-1] if candidates else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the comparison as JSON values; a value that is not finite becomes null."""
+        plan, cost, tokens = self.plan, self.plan.cost, self.tokens_per_step
+        return {
+            "format": JSON_FORMAT,
+            "split": self.split,
+            "seeds": list(self.seeds),
+            "tokens_per_step": tokens,
+            "versions": [
+                {"name": v.name, "steps": v.steps, "fork_step": fork, "decay_steps": v.decay_steps, "end_step": end}
+                for v, fork, end in zip(plan.versions, plan.fork_steps, plan.end_steps, strict=True)
+            ],
+            "paradigms": {
+                paradigm: {
+                    "run": paradigm in self.paradigms,
+                    "steps": cost.of(paradigm),
+                    "tokens": None if tokens is None else cost.of(paradigm) * tokens,
+                    "ratio_to_ptfs": cost.of(paradigm) / cost.ptfs_steps,
+                }
+                for paradigm in PARADIGMS
+            },
+            "results": [_result_json(result) for result in self.results],
+            "incomplete": [
+                {
+                    "paradigm": item.paradigm,
+                    "path": item.path,
+                    "seed": item.seed,
+                    "done_steps": item.done_steps,
+                    "steps": item.steps,
+                    "trained": item.trained,
+                }
+                for item in self.incomplete
+            ],
+            "runs": [
+                {
+                    "folder": str(folder.folder),
+                    "seed": folder.seed,
+                    "ranks": folder.ranks,
+                    "paradigms": list(folder.runs),
+                    "environment": folder.environment,
+                }
+                for folder in self.folders
+            ],
+        }
+
+
+def collect(folders: Sequence[FilePath]) -> Comparison:
+    """Read run folders of one plan (other paradigms, other seeds) into one comparison.
+
+    Raises:
+        RunError: no folder, folders whose plans differ, or one paradigm with one seed twice.
+        ConfigError: a folder's plan cannot be loaded.
+    """
+    if not folders:
+        raise RunError("report: given no run folder; allowed: at least one")
+    read = tuple(read_run_folder(folder) for folder in folders)
+    if not read[0].plan.versions:
+        raise RunError(f"{read[0].folder / 'plan.toml'}: given no [[versions]]; allowed: at least one to report on")
+    for other in read[1:]:
+        _check_same_plan(read[0], other)
+    _check_disjoint(read)
+    _check_same_text(read)
+    paradigms = [p for p in PARADIGMS if any(p in folder.runs for folder in read)]
+    rows = [_result(read, p, index) for index in range(len(read[0].plan.versions)) for p in paradigms]
+    incomplete = [
+        Incomplete(paradigm, run.path.name, folder.seed, len(run.losses), run.path.steps, run.complete)
+        for folder in read
+        for paradigm, runs in folder.runs.items()
+        for run in runs
+        if not _finished(run)
+    ]
+    return Comparison(read, tuple(row for row in rows if row is not None), tuple(incomplete))
+
+
+def cost_up_to(plan: Plan, n_versions: int) -> Cost:
+    """Return what the first ``n_versions`` versions of a plan cost on their own."""
+    return replace(plan, versions=plan.versions[:n_versions]).cost
+
+
+def _finished(run: PathRun) -> bool:
+    return run.complete and (run.path.release is None or run.test_sets is not None)
+
+
+def _result(folders: tuple[RunFolder, ...], paradigm: Paradigm, index: int) -> VersionResult | None:
+    plan = folders[0].plan
+    version = plan.versions[index].name
+    of_seed = {
+        folder.seed: run.test_sets
+        for folder in sorted(folders, key=lambda folder: folder.seed)
+        for run in folder.runs.get(paradigm, ())
+        if run.path.release == version and run.complete and run.test_sets is not None
+    }
+    if not of_seed:
+        return None
+    so_far = [v.name for v in plan.versions[: index + 1]]
+    cost = cost_up_to(plan, index + 1)
+    return VersionResult(
+        paradigm=paradigm,
+        version=version,
+        seeds=tuple(of_seed),
+        steps=cost.of(paradigm),
+        ratio_to_ptfs=cost.of(paradigm) / cost.ptfs_steps,
+        all_so_far=_quality([Score.pooled(sets[name] for name in so_far) for sets in of_seed.values()]),
+        newest=_quality([sets[version] for sets in of_seed.values()]),
+        test_sets={
+            v.name: _quality([sets[v.name] for sets in of_seed.values()])
+            for v in plan.versions
+            if all(v.name in sets for sets in of_seed.values())
+        },
+    )
+
+
+def _quality(scores: list[Score]) -> Quality:
+    return Quality(Spread(tuple(s.perplexity for s in scores)), Spread(tuple(s.bits_per_byte for s in scores)))
+
+
+def _check_same_plan(first: RunFolder, other: RunFolder) -> None:
+    ours, theirs = (folder.plan_file.model_dump() for folder in (first, other))
+    for plan in (ours, theirs):
+        if plan["train"] is not None:
+            del plan["train"]["seed"]
+    for section in COMPARED_SECTIONS:
+        difference = _difference(ours[section], theirs[section], f"[{section}]")
+        if difference is not None:
+            field, here, there = difference
+            raise RunError(
+                f"{other.folder}: given {field} = {there!r}; allowed: {here!r}, as in {first.folder} "
+                "(a comparison needs one plan; only the seed may differ)"
+            )
+
+
+def _difference(ours: Any, theirs: Any, where: str) -> tuple[str, Any, Any] | None:
+    """Return the first field that differs, with both values."""
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        keys = list(ours)
+        pairs = [(f"{where} {key}", ours[key], theirs[key]) for key in keys]
+    elif where == "[versions]" and len(ours) == len(theirs):
+        pairs = [(f"[[versions]] number {i}", a, b) for i, (a, b) in enumerate(zip(ours, theirs, strict=True), 1)]
+    elif where == "[versions]":
+        return "the number of [[versions]]", len(ours), len(theirs)
+    else:
+        return None if ours == theirs else (where, ours, theirs)
+    found = (_difference(a, b, place) for place, a, b in pairs)
+    return next((difference for difference in found if difference is not None), None)
+
+
+def _check_disjoint(folders: tuple[RunFolder, ...]) -> None:
+    holder: dict[tuple[Paradigm, int], FilePath] = {}
+    for folder in folders:
+        for paradigm in folder.runs:
+            key = (paradigm, folder.seed)
+            if key in holder:
+                raise RunError(
+                    f"{folder.folder}: given {paradigm} with seed {folder.seed}, which {holder[key]} holds too; "
+                    "allowed: each paradigm and seed once"
+                )
+            holder[key] = folder.folder
+
+
+def _check_same_text(folders: tuple[RunFolder, ...]) -> None:
+    """Refuse to compare models of one seed that were scored on different text, or in different tokens."""
+    sizes: dict[tuple[int, str], tuple[int, int]] = {}
+    for folder in folders:
+        for runs in folder.runs.values():
+            for run in runs:
+                for name, score in (run.test_sets or {}).items():
+                    size = (score.tokens, score.n_bytes)
+                    expected = sizes.setdefault((folder.seed, name), size)
+                    if size != expected:
+                        raise RunError(
+                            f"{folder.folder / run.path.paradigm / run.path.name}: test set {name!r} has {size[0]} "
+                            f"tokens in {size[1]} bytes; allowed: {expected[0]} in {expected[1]}, as in the other paths"
+                        )
+
+
+def _result_json(result: VersionResult) -> dict[str, Any]:
+    return {
+        "paradigm": result.paradigm,
+        "version": result.version,
+        "seeds": list(result.seeds),
+        "steps": result.steps,
+        "ratio_to_ptfs": result.ratio_to_ptfs,
+        "all_so_far": _quality_json(result.all_so_far),
+        "newest": _quality_json(result.newest),
+        "test_sets": {name: _quality_json(quality) for name, quality in result.test_sets.items()},
+    }
+
+
+def _quality_json(quality: Quality) -> dict[str, Any]:
+    return {"perplexity": _spread_json(quality.perplexity), "bits_per_byte": _spread_json(quality.bits_per_byte)}
+
+
+def _spread_json(spread: Spread) -> dict[str, Any]:
+    numbers = {"mean": spread.mean, "min": spread.low, "max": spread.high}
+    values = [_finite(value) for value in spread.values]
+    return {key: _finite(value) for key, value in numbers.items()} | {"values": values}
+
+
+def _finite(value: float) -> float | None:
+    return value if isfinite(value) else None

@@ -1,0 +1,82 @@
+"""Start a script on several ranks with the real ``deepspeed`` launcher, and leave no process behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+HERE = Path(__file__).parent
+BIN = Path(sys.executable).parent
+EXTENSIONS = Path(tempfile.gettempdir()) / f"pathswitch-tests-{os.getuid()}" / "torch_extensions"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What is left of a job."""
+
+    returncode: int
+    output: str
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return an environment for CPU ranks: one thread each, the virtual environment's tools (ninja) on PATH."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PATHSWITCH")}
+    # Of our own: a job killed while DeepSpeed builds an extension leaves a lock on which every later job would wait.
+    own.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
+    own["PATH"] = f"{BIN}{os.pathsep}{own['PATH']}"
+    return own | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | dict(extra or {})
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def start(command: Sequence[str], log: IO[str], cwd: Path, extra: Mapping[str, str] | None) -> subprocess.Popen[str]:
+    """Start a command in a session of its own, so that its whole process group can be ended."""
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment(extra), stdout=log, stderr=log, text=True, start_new_session=True
+    )
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill whatever is left of the job; the launcher leaves orphans when it dies first."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def run(
+    command: Sequence[str], cwd: Path, extra: Mapping[str, str] | None = None, timeout_seconds: float = 300
+) -> Finished:
+    """Run a command to its end and return its exit code and output."""
+    log_file = cwd / f"log_{free_port()}.txt"
+    with log_file.open("w") as log:
+        process = start(command, log, cwd, extra)
+        try:
+            code = process.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            for lock in EXTENSIONS.rglob("lock"):
+                lock.unlink()
+            raise AssertionError(f"still running after {timeout_seconds} s:\n{log_file.read_text()[-4000:]}") from None
+        finally:
+            end(process)
+    return Finished(code, log_file.read_text(errors="replace"))
+
+
+def deepspeed_command(script: str, *arguments: str, ranks: int = 2) -> list[str]:
+    """Return the command line that starts a script of this folder on ``ranks`` ranks."""
+    launcher = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    return [*launcher, str(HERE / script), *arguments]
