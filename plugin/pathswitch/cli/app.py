@@ -31,9 +31,6 @@ def main() -> None:
     except PathSwitchError as error:
         print(f"pathswitch: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("pathswitch: interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
 
 
 def _paradigm(name: str) -> Paradigm:
@@ -167,8 +164,12 @@ def train(plan_file: PlanFile, base: Path, out: Path, paradigm: Paradigm) -> Non
     require_trainable(plan_file)
     folder = RunFolder(out)
     folder.open(plan_file)
-    prepare_data(plan_file, base, folder.data)
-    run_paradigm(plan_file, folder, paradigm, console)
+    try:
+        prepare_data(plan_file, base, folder.data)
+        run_paradigm(plan_file, folder, paradigm, console)
+    except KeyboardInterrupt:
+        print("pathswitch: interrupted; run the same command again to go on", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def prepare_data(plan_file: PlanFile, base: Path, out: Path) -> None:

@@ -105,6 +105,6 @@ def ranks_of(out: Path) -> list[int]:
                 command = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"pathswitch.trainer" in command and os.fsencode(out) in command and b"-u" in command[1:2]:
+            if command[2:4] == [b"-m", b"pathswitch.trainer"] and os.fsencode(out) in command:
                 found.append(int(entry.name))
     return sorted(found)

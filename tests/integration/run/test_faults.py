@@ -13,7 +13,7 @@ from run_harness import Write, assert_same_bits, checkpoint, metrics, pathswitch
 
 pytestmark = pytest.mark.slow
 
-SIZE = {"versions": 1, "steps": 40, "hidden_size": 128, "train": "save_every_steps = 4"}
+SIZE = {"versions": 1, "steps": 40, "hidden_size": 128, "train": "save_every_steps = 4", "data": "repeat = true"}
 FORK = 16
 
 
@@ -69,10 +69,10 @@ def test_kill_9_of_one_rank_then_the_same_bits(uninterrupted: Path, corpus: Path
     assert_equal_runs(out, uninterrupted)
 
 
-def test_a_dead_launcher_with_exit_code_0_is_no_success(corpus: Path, tmp_path: Path) -> None:
+def test_a_dead_launcher_with_exit_code_0_is_no_success(write_plan: Write, tmp_path: Path) -> None:
     """Killed by signal 9, launch.py takes no rank with it, and `deepspeed` exits with 0."""
-    out = tmp_path / "run"
-    run = start("run", corpus / "faults.toml", "--out", out)
+    plan, out = write_plan("long", **{**SIZE, "steps": 5000}), tmp_path / "run"
+    run = start("run", plan, "--out", out)
     wait_for_step(run, out, 2)
     ranks = ranks_of(out)
     launcher = int(Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[1])
@@ -98,11 +98,11 @@ def test_sigterm_ends_all_ranks_and_the_next_call_goes_on(uninterrupted: Path, c
     assert_equal_runs(out, uninterrupted)
 
 
-def test_two_runs_of_one_path_cannot_mix(corpus: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    first = start("run", corpus / "faults.toml", "--out", out)
+def test_two_runs_of_one_path_cannot_mix(write_plan: Write, tmp_path: Path) -> None:
+    plan, out = write_plan("long", **{**SIZE, "steps": 5000}), tmp_path / "run"
+    first = start("run", plan, "--out", out)
     wait_for_step(first, out, 1)
-    second = pathswitch("run", corpus / "faults.toml", "--out", out)
+    second = pathswitch("run", plan, "--out", out)
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=120)
     assert second.returncode == 2
