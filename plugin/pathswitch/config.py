@@ -17,6 +17,15 @@ from pathswitch.schedule import MainPath, Shape, make_shape
 from pathswitch.versions import Plan, Version
 from pathswitch.versions.plan import decay_steps
 
+# Keys of a ds_config that the plan decides; a second value in [deepspeed] would contradict it.
+PLAN_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+)
 SHAPE_KEYS = ("power", "explore", "milestones", "factors")
 
 # A description of a constrained field is what its error message says is allowed.
@@ -133,6 +142,28 @@ class TrainSection(Section):
     gradient_clipping: Annotated[float, Field(ge=0, description="a number >= 0 (0: none)")] = 1.0
     save_every_steps: Count | None = None
 
+    @property
+    def micro_batch(self) -> int:
+        """Sequences per rank and forward pass.
+
+        Raises:
+            ConfigError: the ranks, or the ranks times micro_batch_size, do not divide the global batch.
+        """
+        per_rank, rest = divmod(self.global_batch_size, self.ranks)
+        if rest:
+            allowed = f"a divisor of global_batch_size ({self.global_batch_size})"
+            raise ConfigError("[train] ranks", given=self.ranks, allowed=allowed)
+        micro = self.micro_batch_size or per_rank
+        if per_rank % micro:
+            allowed = f"a divisor of the {per_rank} sequences of each rank"
+            raise ConfigError("[train] micro_batch_size", given=micro, allowed=allowed)
+        return micro
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Forward passes of each rank per optimizer step."""
+        return self.global_batch_size // (self.micro_batch * self.ranks)
+
 
 class PlanFile(Section):
     """A whole plan file."""
@@ -172,7 +203,7 @@ def load_plan_file(path: str | FilePath) -> PlanFile:
 
 
 def plan_from_params(params: Mapping[str, object]) -> Plan:
-    """Build a plan from PathSwitchLR's inline parameters: the keys of [schedule], and ``versions`` if branches are used.
+    """Build a plan from PathSwitchLR's inline parameters: the keys of [schedule], and ``versions`` for branches.
 
     Raises:
         ConfigError: a key is unknown, missing or out of range.
@@ -190,6 +221,7 @@ def build_plan(plan_file: PlanFile, where: str = "plan") -> Plan:
     """
     section = plan_file.schedule
     try:
+        _check_training_sections(plan_file)
         make_shape(section.shape, section.shape_parameters(), "[schedule]")
         main = MainPath(section.max_lr, section.init_lr, section.warmup_steps)
         versions = tuple(_version(plan_file, main, version) for version in plan_file.versions)
@@ -199,6 +231,15 @@ def build_plan(plan_file: PlanFile, where: str = "plan") -> Plan:
         return Plan(main, versions, floor_lr, plan_file.baselines.wsd_s_alpha)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error.where}", given=error.given, allowed=error.allowed) from None
+
+
+def _check_training_sections(plan_file: PlanFile) -> None:
+    if plan_file.train is not None:
+        _ = plan_file.train.micro_batch  # raises unless the batch can be shared out
+    for key in PLAN_KEYS:
+        if key in plan_file.deepspeed:
+            allowed = f"not here: {', '.join(PLAN_KEYS)} follow from [train] and [schedule]"
+            raise ConfigError(f"[deepspeed] {key}", given=plan_file.deepspeed[key], allowed=allowed)
 
 
 def _version(plan_file: PlanFile, main: MainPath, version: VersionSection) -> Version:

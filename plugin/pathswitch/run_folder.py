@@ -136,17 +136,13 @@ class RunFolder:
         pooled = new.data is not None and new.data.split == "iid"
         if pooled and len(old.versions) != len(new.versions) and self._furthest_step() > 0:
             raise RunError(
-                f"{self.out}: with split = 'iid' all versions draw from one pool of text, so none can be added or removed "
-                f"after training has begun ({len(old.versions)} versions here, {len(new.versions)} in the plan)"
+                f"{self.out}: with split = 'iid' all versions draw from one pool of text, so none can be added or "
+                f"removed after training has begun ({len(old.versions)} versions here, {len(new.versions)} in the plan)"
             )
 
     def _require_same_versions(self, old: Plan, new: Plan) -> None:
         """Refuse a change of a version whose steps have begun; later ones are still free."""
-        furthest_step, start_step = self._furthest_step(), 0
-        for index, version in enumerate(old.versions):
-            if start_step >= furthest_step:
-                return
-            start_step += version.steps
+        for index, version in enumerate(old.begun(self._furthest_step())):
             now = asdict(new.versions[index]) if index < len(new.versions) else {}
             _require_same_settings(self.out, f"version {version.name}", asdict(version), now)
 

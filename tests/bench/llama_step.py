@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from pathswitch.trainer.llama import Llama, LlamaConfig
@@ -74,7 +75,7 @@ def single_process(*, threads: int, rounds: int, steps: int) -> list[float]:
 def two_processes(*, rounds: int, steps: int) -> list[float]:
     """ms/step of each round, seen by rank 0: DDP over gloo, one thread and half the global batch per process."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_ddp_rank, args=(Path(folder), rounds, steps), nprocs=2)
+        spawn(_ddp_rank, args=(Path(folder), rounds, steps), nprocs=2)
         return [float(line) for line in (Path(folder) / "ms").read_text().split()]
 
 

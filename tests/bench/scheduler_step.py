@@ -57,9 +57,7 @@ def compare_steps(groups: int) -> None:
 
     pairs = [(_microseconds(step), _microseconds(stock.step)) for _ in range(ROUNDS)]
     mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
-    hook = statistics.median(
-        _microseconds(lambda: ours._before_update(ours.optimizer, (), {})) for _ in range(ROUNDS)
-    )
+    hook = statistics.median(_microseconds(lambda: ours._before_update(ours.optimizer, (), {})) for _ in range(ROUNDS))
     print(
         f"{groups} group(s): PathSwitchLR.step {mine:.2f} us, WarmupCosineLR.step {theirs:.2f} us, "
         f"ratio {mine / theirs:.2f}; hook before an update {hook:.2f} us"

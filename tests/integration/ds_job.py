@@ -32,7 +32,9 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     # Of our own: a job killed while DeepSpeed builds an extension leaves a lock on which every later job would wait.
     own.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
     own["PATH"] = f"{BIN}{os.pathsep}{own['PATH']}"
-    return own | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | dict(extra or {})
+    return (
+        own | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | dict(extra or {})
+    )
 
 
 def free_port() -> int:

@@ -108,7 +108,9 @@ def test_fp16_overflows_do_not_count(records: list[dict[str, Any]], stage: int) 
         assert [lr for lr in attempts if lr] == one_group("main", 0, 3)
         assert record["skipped"] == len(attempts) - 3
         assert record["counters"] == record["after_load"] == [3, 3]
-        assert [lr for lr in record["resumed"] if lr] == one_group("main", 3, len([lr for lr in record["resumed"] if lr]))
+        assert [lr for lr in record["resumed"] if lr] == one_group(
+            "main", 3, len([lr for lr in record["resumed"] if lr])
+        )
 
 
 def test_accumulation_counts_updates(records: list[dict[str, Any]]) -> None:

@@ -14,6 +14,12 @@ from harness import arguments, barrier, config, counters, engine_of, refused, up
 CPT = {"paradigm": "cpt_rewarm"}
 
 
+def weights(engine: Any) -> list[torch.Tensor]:
+    """Return copies of the weights; under ZeRO 3 this rank's partitions, as parameters come and go there."""
+    partitions = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
+    return [weight.detach().clone() for weight in partitions or engine.module.parameters()]
+
+
 def main_fork_resume(folder: Path, stage: int, dtype: str) -> dict[str, Any]:
     """Main path with a resume, the branch from its fork step with a resume, and one update too many."""
     record: dict[str, Any] = {}
@@ -36,10 +42,9 @@ def main_fork_resume(folder: Path, stage: int, dtype: str) -> dict[str, Any]:
     record["lr_after_load"] = branch.get_lr()
     record["v1"] += updates(branch, 2)
     record["v1_counters"] = counters(branch)
-    weights = [parameter.detach().clone() for parameter in branch.module.parameters()]
+    before = weights(branch)
     record["past_end"] = refused(lambda: update(branch))
-    after = [parameter.detach() for parameter in branch.module.parameters()]
-    record["past_end_changed"] = not all(map(torch.equal, weights, after))
+    record["past_end_changed"] = not all(map(torch.equal, before, weights(branch)))
     return record
 
 

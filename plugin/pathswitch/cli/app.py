@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +14,9 @@ from pathswitch import __version__
 from pathswitch.config import PlanFile, build_plan, load_plan_file
 from pathswitch.errors import ConfigError, PathSwitchError, choices
 from pathswitch.versions import MAIN, PARADIGMS, Paradigm, Plan
+
+if TYPE_CHECKING:
+    from pathswitch.data import Prepared
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -160,25 +163,28 @@ def train(plan_file: PlanFile, base: Path, out: Path, paradigm: Paradigm) -> Non
     """Prepare a plan's data and train one paradigm in the run folder ``out``."""
     from pathswitch.launch.paradigm import require_trainable, run_paradigm
     from pathswitch.run_folder import RunFolder
+    from pathswitch.trainer.samples import path_stream
 
     require_trainable(plan_file)
     folder = RunFolder(out)
     folder.open(plan_file)
     try:
-        prepare_data(plan_file, base, folder.data)
+        prepared = prepare_data(plan_file, base, folder.data)
+        for path in build_plan(plan_file).paths(paradigm):
+            path_stream(plan_file, path, prepared)  # raises unless every version has text enough for its steps
         run_paradigm(plan_file, folder, paradigm, console)
     except KeyboardInterrupt:
         print("pathswitch: interrupted; run the same command again to go on", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
-def prepare_data(plan_file: PlanFile, base: Path, out: Path) -> None:
+def prepare_data(plan_file: PlanFile, base: Path, out: Path) -> Prepared:
     """Turn the plan's text files, relative to ``base``, into a tokenizer and token files in ``out``."""
     from pathswitch.data import VersionText, prepare
 
     data = plan_file.data
     assert data is not None
-    prepare(
+    return prepare(
         [VersionText(version.name, version.train, version.test) for version in plan_file.versions],
         base=base,
         out=out,

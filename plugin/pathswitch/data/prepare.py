@@ -118,6 +118,11 @@ class Prepared:
         content = [self.tokenizer.digest, [[name, _as_json(self._records[name])] for name in self.names]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
 
+    def version_digest(self, name: str) -> str:
+        """SHA-256 over the tokenizer and one version's source files and counts; other versions do not change it."""
+        content = [self.tokenizer.digest, _as_json(self._records[self._known(name)])]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+
     def _known(self, name: str) -> str:
         if name not in self._records:
             raise DataError(f"version {name!r} is not prepared; prepared: {', '.join(self.names)}")

@@ -8,10 +8,12 @@ points off; then ``import pathswitch.integrations`` in the script does the same.
 from __future__ import annotations
 
 import sys
+from functools import cache
 
 
+@cache
 def register() -> None:
-    """Set ``torch.optim.lr_scheduler.PathSwitchLR``; idempotent, and never raises into ``import torch``."""
+    """Set ``torch.optim.lr_scheduler.PathSwitchLR``, once a process; never raises into ``import torch``."""
     try:
         from torch.optim import lr_scheduler
 

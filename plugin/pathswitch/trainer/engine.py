@@ -12,21 +12,11 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from pathswitch.atomic import write_text_atomic
-from pathswitch.config import PlanFile, TrainSection
-from pathswitch.errors import ConfigError, RunError
+from pathswitch.config import PlanFile
+from pathswitch.errors import RunError
 from pathswitch.run_folder import PLAN_FILE, RunFolder, tag
 from pathswitch.trainer.llama import Llama, LlamaConfig
 from pathswitch.versions import Path as TrainingPath
-
-# Keys of the ds_config that the plan decides; a second value in [deepspeed] would contradict it.
-PLAN_KEYS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-)
 
 
 def init_distributed() -> None:
@@ -39,36 +29,10 @@ def init_distributed() -> None:
     deepspeed.init_distributed()
 
 
-def micro_batch_size(train: TrainSection) -> int:
-    """Return the sequences per rank and forward pass.
-
-    Raises:
-        ConfigError: the ranks, or the ranks times the micro batch, do not divide the global batch.
-    """
-    per_rank, rest = divmod(train.global_batch_size, train.ranks)
-    if rest:
-        allowed = f"a divisor of global_batch_size ({train.global_batch_size})"
-        raise ConfigError("[train] ranks", given=train.ranks, allowed=allowed)
-    micro = train.micro_batch_size or per_rank
-    if per_rank % micro:
-        allowed = f"a divisor of the {per_rank} sequences of each rank"
-        raise ConfigError("[train] micro_batch_size", given=micro, allowed=allowed)
-    return micro
-
-
 def ds_config(plan_file: PlanFile, folder: RunFolder, path: TrainingPath) -> dict[str, Any]:
-    """Return the ds_config of one path: the plan's batch, optimizer and scheduler, and whatever [deepspeed] adds.
-
-    Raises:
-        ConfigError: [deepspeed] sets a key that the plan decides.
-    """
+    """Return the ds_config of one path: the plan's batch, optimizer and scheduler, and whatever [deepspeed] adds."""
     train = plan_file.train
     assert train is not None
-    for key in PLAN_KEYS:
-        if key in plan_file.deepspeed:
-            allowed = f"not here: {', '.join(PLAN_KEYS)} follow from [train] and [schedule]"
-            raise ConfigError(f"[deepspeed] {key}", given=plan_file.deepspeed[key], allowed=allowed)
-    micro = micro_batch_size(train)
     adam = {
         "lr": plan_file.schedule.max_lr,
         "betas": list(train.betas),
@@ -78,8 +42,8 @@ def ds_config(plan_file: PlanFile, folder: RunFolder, path: TrainingPath) -> dic
     plan = {"plan": str(folder.out / PLAN_FILE), "path": path.name, "paradigm": path.paradigm}
     return {
         "train_batch_size": train.global_batch_size,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": train.global_batch_size // (micro * train.ranks),
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": train.gradient_accumulation_steps,
         "gradient_clipping": train.gradient_clipping,
         "optimizer": {"type": "AdamW", "params": {**adam, "torch_adam": True, "fused": True}},
         "scheduler": {"type": "PathSwitchLR", "params": plan},
@@ -116,7 +80,7 @@ def save(engine: Any, checkpoints: Path, step: int, state: dict[str, Any]) -> No
     dist.barrier()
 
 
-def load(engine: Any, folder: RunFolder, path: TrainingPath, check: Callable[[dict[str, Any]], None]) -> int:
+def load(engine: Any, folder: RunFolder, path: TrainingPath, check: Callable[[dict[str, Any], int], None]) -> int:
     """Load the path's newest checkpoint, or its parent's at the fork step, or nothing; return the step.
 
     ``check`` sees the client state before anything is trained from it.
@@ -136,7 +100,7 @@ def load(engine: Any, folder: RunFolder, path: TrainingPath, check: Callable[[di
     loaded, client_state = engine.load_checkpoint(str(source), tag=step_tag)
     if loaded is None:
         raise RunError(f"{source / step_tag}: DeepSpeed did not load this checkpoint")
-    check(client_state)
+    check(client_state, step)
     return step
 
 

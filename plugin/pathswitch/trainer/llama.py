@@ -145,7 +145,7 @@ class Attention(nn.Module):
         return out
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, L, head_dim]
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # [B, heads, L, head_dim]
 
 
 class MLP(nn.Module):

@@ -17,12 +17,13 @@ import torch.distributed as dist
 
 from pathswitch.atomic import write_text_atomic
 from pathswitch.config import PlanFile, build_plan
-from pathswitch.data import Prepared, SampleStream, StreamConfig, load_prepared, test_windows
+from pathswitch.data import Prepared, SampleStream, load_prepared, test_windows
 from pathswitch.errors import RunError
 from pathswitch.run_folder import PathFolder, RunFolder
 from pathswitch.trainer.engine import build_engine, device, llama_config, load, release_weights, save
 from pathswitch.trainer.evaluate import evaluate
 from pathswitch.trainer.export import export_release
+from pathswitch.trainer.samples import path_stream
 from pathswitch.versions import Path as TrainingPath
 from pathswitch.versions import Plan
 
@@ -49,19 +50,6 @@ class Job:
         """Whether this rank writes what is written once."""
         return self.rank == 0
 
-    def stream(self) -> SampleStream:
-        """Return the samples of every step: the main path's order, or for PTFS the same samples mixed."""
-        data, train = self.plan_file.data, self.plan_file.train
-        assert data is not None and train is not None
-        names = [version.name for version in self.plan.versions]
-        return SampleStream(
-            [self.data.train_tokens(name) for name in names],
-            [version.steps for version in self.plan.versions],
-            names,
-            StreamConfig(train.seed, data.seq_len, train.global_batch_size, data.split, data.repeat),
-            mixed_until=self.path.end_step if self.path.paradigm == "ptfs" else None,
-        )
-
     def save_steps(self) -> set[int]:
         """Return the steps after which this path saves: where others fork from it, its end, and every k steps."""
         paths = self.plan.paths(self.path.paradigm)
@@ -87,9 +75,9 @@ def train_path(job: Job) -> None:
         PathSwitchError: the plan, the data and the checkpoints disagree, or another process trains this path.
     """
     with _only_process(job):
-        stream = job.stream()
+        stream = path_stream(job.plan_file, job.path, job.data)
         engine = build_engine(job.plan_file, job.folder, job.path, job.data.tokenizer.vocab_size)
-        step = load(engine, job.folder, job.path, lambda state: _check_data(job, state))
+        step = load(engine, job.folder, job.path, lambda state, step: _check_data(job, state, step))
         with _metrics_file(job, step) as metrics:
             _train(job, engine, stream, step, metrics)
         if job.path.release is not None:
@@ -108,7 +96,7 @@ def _train(job: Job, engine: Any, stream: SampleStream, start_step: int, metrics
         started = time.perf_counter()
         batch = torch.from_numpy(stream.batch(step, job.rank, job.world_size)).to(where)
         loss_sum.zero_()
-        for part in torch.split(batch, micro):  # type: ignore[no-untyped-call]
+        for part in torch.split(batch, micro):
             loss = engine(part[:, :-1], part[:, 1:])
             engine.backward(loss)
             engine.step()
@@ -124,20 +112,23 @@ def _train(job: Job, engine: Any, stream: SampleStream, start_step: int, metrics
             }
             metrics.write(json.dumps(record) + "\n")
         if step + 1 in save_steps:
-            save(engine, job.files.checkpoints, step + 1, _client_state(job))
+            save(engine, job.files.checkpoints, step + 1, _client_state(job, step + 1))
 
 
-def _client_state(job: Job) -> dict[str, Any]:
-    return {"pathswitch_data": {name: job.data.n_tokens[name] for name in job.data.names}, "seed": _seed(job)}
+def _client_state(job: Job, step: int) -> dict[str, Any]:
+    """Return what a checkpoint must agree on with whoever goes on from it: the text it has seen, and the seed."""
+    pooled = job.plan_file.data is not None and job.plan_file.data.split == "iid"
+    seen = job.plan.versions if pooled else job.plan.begun(step)
+    digests = {version.name: job.data.version_digest(version.name) for version in seen}
+    return {"pathswitch_data": digests, "pathswitch_seed": _seed(job)}
 
 
-def _check_data(job: Job, state: dict[str, Any]) -> None:
-    """Refuse a checkpoint that was trained on other data: resuming needs no data state but the step."""
-    trained, now = state.get("pathswitch_data"), job.data.n_tokens
-    if trained is None or any(now.get(name, count) != count for name, count in trained.items()):
-        raise RunError(f"the checkpoint was trained on other data: tokens {trained}, here {now}")
-    if state.get("seed") != _seed(job):
-        raise RunError(f"the checkpoint was trained with seed {state.get('seed')}, the plan says {_seed(job)}")
+def _check_data(job: Job, state: dict[str, Any], step: int) -> None:
+    """Refuse a checkpoint that saw other text or another order: resuming needs no data state but the step."""
+    expected = _client_state(job, step)
+    for key, value in expected.items():
+        if state.get(key) != value:
+            raise RunError(f"the checkpoint of step {step} holds {key} {state.get(key)!r}, this run {value!r}")
 
 
 def _seed(job: Job) -> int:
@@ -149,7 +140,7 @@ def _evaluate(job: Job, engine: Any) -> None:
     """Measure the weights on every version's test text."""
     assert job.plan_file.data is not None
     results = {}
-    for name in job.data.names:
+    for name in (version.name for version in job.plan.versions):
         inputs, targets = test_windows(job.data.test_tokens(name), job.plan_file.data.seq_len)
         result = evaluate(
             engine.module,

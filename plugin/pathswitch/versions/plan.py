@@ -135,6 +135,10 @@ class Plan:
         """F_v of every version."""
         return tuple(end - v.decay_steps for end, v in zip(self.end_steps, self.versions, strict=True))
 
+    def begun(self, step: int) -> tuple[Version, ...]:
+        """Return the versions whose data the first ``step`` steps have seen, at least in part."""
+        return tuple(v for v, end in zip(self.versions, self.end_steps, strict=True) if end - v.steps < step)
+
     def paths(self, paradigm: Paradigm) -> tuple[Path, ...]:
         """Return the training jobs of a paradigm, parents before children.
 

@@ -52,10 +52,10 @@ def on_ranks(
             all_reduce=all_reduce,
         )
 
-    hook = model.register_forward_pre_hook(lambda *_: calls.append(rank))
     for rank in range(world_size):
+        hook = model.register_forward_pre_hook(lambda *_, rank=rank: calls.append(rank))
         run(rank, lambda part: parts.append(part.clone()))
-    hook.remove()
+        hook.remove()
     total = torch.stack(parts).sum(0)
 
     def fill(mine: torch.Tensor) -> None:

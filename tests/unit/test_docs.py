@@ -1,0 +1,61 @@
+"""The README and its fellows say what is so: links lead somewhere, snippets run, commands exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from pathswitch.config import PlanFile
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted(
+    file for pattern in ("*.md", "ds_configs/*.md", "launch/*.md", "launch/sotu/*.md") for file in ROOT.glob(pattern)
+)
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_relative_links_lead_to_files(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)|src=\"([^\"]+)\"", document.read_text()):
+        link = target[0] or target[1]
+        if not link.startswith(("http://", "https://")):
+            assert (document.parent / link).exists(), f"{document}: {link}"
+
+
+def test_readme_python_runs() -> None:
+    snippets = blocks(ROOT / "README.md", "python")
+    assert snippets
+    for snippet in snippets:
+        subprocess.run([sys.executable, "-c", snippet], check=True, timeout=120, cwd=ROOT)
+
+
+def test_readme_plans_are_valid() -> None:
+    plans = blocks(ROOT / "README.md", "toml")
+    assert plans
+    for plan in plans:
+        PlanFile.model_validate({**(content := tomllib.loads(plan)), "versions": tuple(content.get("versions", ()))})
+
+
+def test_readme_commands_exist() -> None:
+    """Every `pathswitch` line names a command, and options that this command has."""
+    lines = [line for block in blocks(ROOT / "README.md", "console") for line in block.splitlines()]
+    commands = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines if line.startswith("$ ")]
+    assert any(words[0] == "pathswitch" for words in commands)
+    for words in commands:
+        if words[0] == "pathswitch":
+            command = Path(sys.executable).with_name("pathswitch")
+            shown = subprocess.run([command, words[1], "--help"], capture_output=True, text=True, timeout=60)
+            assert shown.returncode == 0, words
+            for option in (word for word in words[2:] if word.startswith("--")):
+                assert option in shown.stdout, f"{words[1]} has no {option}"
+        elif words[0].startswith("./"):
+            assert (ROOT / words[0]).is_file(), words
