@@ -1,1 +1,1 @@
-"""Hooks for Megatron-LM and Megatron-DeepSpeed: nothing in this package patches anything yet."""
+"""The place of the hooks for Megatron-LM and Megatron-DeepSpeed; this release installs none and patches nothing."""
