@@ -75,7 +75,7 @@ def single_process(*, threads: int, rounds: int, steps: int) -> list[float]:
 def two_processes(*, rounds: int, steps: int) -> list[float]:
     """ms/step of each round, seen by rank 0: DDP over gloo, one thread and half the global batch per process."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_ddp_rank, args=(Path(folder), rounds, steps), nprocs=2)
+        spawn(_ddp_rank, args=(Path(folder), rounds, steps), nprocs=2)  # type: ignore[no-untyped-call]
         return [float(line) for line in (Path(folder) / "ms").read_text().split()]
 
 

@@ -96,7 +96,7 @@ def without_hooks(engine: Any) -> None:
 
 
 def parents_lr(folder: Path, stage: int, groups: bool) -> dict[str, Any]:
-    """Re-warmed continual pre-training: the parent's checkpoint carries LR 0, the next version begins at its warm-up."""
+    """Re-warmed continual pre-training: the parent ends at LR 0, the child begins at its warm-up."""
     record: dict[str, Any] = {}
     first = engine_of(config(stage, path="v1", **CPT), groups=groups)
     updates(first, 8)

@@ -119,7 +119,7 @@ class PathSwitchLR(LRScheduler):
             "digest": self.path.digest,
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any] | None) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any] | None) -> None:
         """Take the counter of a checkpoint of the same path (resume) or, at the fork step, of its parent (fork).
 
         Raises:

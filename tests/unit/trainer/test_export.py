@@ -61,6 +61,7 @@ def test_transformers_computes_the_same(config: LlamaConfig, tokenizer_model: Pa
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert theirs.dtype == torch.float32
     assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (None, 1)
+    assert theirs.config.tie_word_embeddings is config.tie_embeddings
 
     sequence = torch.randint(61, (3, 16), generator=torch.Generator().manual_seed(0))
     targets = torch.cat((sequence[:, 1:], torch.full((3, 1), IGNORED)), dim=1)
@@ -91,6 +92,7 @@ def test_files(tokenizer_model: Path, tmp_path: Path) -> None:
     assert json.loads(files["release.json"]) == METADATA
     with safe_open(tmp_path / "releases" / "v2" / "model.safetensors", "pt") as weights:
         assert set(weights.keys()) == TINY.shapes.keys()  # a tied head is stored once
+        assert weights.metadata() == {"format": "pt"}  # transformers 4 does not load weights that do not say it
     assert [path.name for path in (tmp_path / "releases").iterdir()] == ["v2"]
 
 
