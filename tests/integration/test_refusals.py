@@ -43,6 +43,7 @@ REFUSED = {
     ("partial", "never loaded"): "ScheduleError: path 'v1' starts from a checkpoint of 'main' at step 4, but",
     ("partial", "without scheduler states"): "ScheduleError: path 'v1' starts from a checkpoint of 'main' at step 4",
     ("partial", "module only"): "ScheduleError: path 'v1' starts from a checkpoint of 'main' at step 4, but",
+    ("partial", "module only, load"): "ScheduleError: path 'v1' starts from a checkpoint of 'main' at step 4, but",
     ("partial", "positional"): "ScheduleError: path 'v1' starts from a checkpoint of 'main' at step 4, but",
     ("other", "no state"): "ScheduleError: the checkpoint holds no scheduler state; * initial_step",
     ("other", "foreign state"): "ScheduleError: * another scheduler (keys last_batch_iteration); * initial_step",

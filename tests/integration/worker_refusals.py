@@ -75,8 +75,9 @@ def latest_file(out: Path) -> Record:
 
 def partial_loads(main: Path) -> Record:
     """Loading everything but the scheduler's state, or nothing."""
-    never = engine_of(config(path="v1"))
+    never, loading = engine_of(config(path="v1")), engine_of(config(path="v1"))
     return {
+        "module only, load": refused(lambda: loading.load_checkpoint(main, tag="global_step4", load_module_only=True)),
         "never loaded": refused(lambda: update(never)),
         "without scheduler states": loads(main, "global_step4", load_lr_scheduler_states=False),
         "module only": loads(main, "global_step4", load_module_only=True),

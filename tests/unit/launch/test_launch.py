@@ -1,0 +1,112 @@
+"""The launch line, the job's environment and supervision, what is said of a job that failed, and its progress."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pathswitch.launch.local import deepspeed_command, job_environment, run_job
+from pathswitch.launch.paradigm import _reason
+from pathswitch.launch.progress import PathProgress
+
+
+def test_the_launch_line_is_deepspeeds() -> None:
+    command = deepspeed_command("pathswitch.trainer", ["--out", "a b"], ranks=2, port=1234)
+    assert command[0] == sys.executable
+    assert " ".join(command[1:7]) == "-m deepspeed.launcher.runner --num_gpus 2 --master_port 1234"
+    assert command[7:] == ["--module", "pathswitch.trainer", "--out", "a b"]
+
+
+def test_threads_are_shared_out_and_no_other_path_is_selected() -> None:
+    environment = job_environment(2, {"PATHSWITCH_PATH": "v9", "HOME": "/h"})
+    assert "PATHSWITCH_PATH" not in environment
+    assert int(environment["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert job_environment(2, {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
+
+
+def test_a_jobs_output_and_exit_code_arrive(tmp_path: Path) -> None:
+    log, ticks = tmp_path / "log.txt", []
+    log.write_text("before\n")
+    code = run_job(["sh", "-c", "echo out; echo err >&2; exit 7"], os.environ, log, lambda: ticks.append(1))
+    assert (code, log.read_text()) == (7, "before\nout\nerr\n")
+    assert ticks
+
+
+def test_an_interrupted_job_takes_its_children_with_it(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    script = f"sleep 300 & echo $! > {pid_file}; wait"
+
+    def tick() -> None:
+        if pid_file.is_file() and pid_file.read_text().strip():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(["sh", "-c", script], os.environ, tmp_path / "log.txt", tick)
+    assert _is_gone(int(pid_file.read_text()))
+
+
+def test_sigterm_unwinds_like_an_interrupt(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_job(["sleep", "300"], os.environ, tmp_path / "log.txt", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def _is_gone(pid: int) -> bool:
+    for _ in range(500):
+        stat = Path(f"/proc/{pid}/stat")
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["noise", "pathswitch: error: alpha: given 2", "pathswitch: error: again"], "alpha: given 2"),
+        (
+            [
+                "[rank1]: RuntimeError: gloo: Connection closed by peer [127.0.0.1]",
+                "[rank0]: ValueError: the cause",
+                "more",
+            ],
+            "[rank0]: ValueError: the cause",
+        ),
+        (["only noise"], "only noise"),
+    ],
+)
+def test_the_cause_is_found_in_the_log(tmp_path: Path, lines: list[str], expected: str) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("pathswitch: error: of an earlier job\n")
+    start = log.stat().st_size
+    with log.open("a") as file:
+        file.write("\n".join(lines) + "\n")
+    reason = _reason(log, start)
+    assert expected in reason and "earlier" not in reason and str(log) in reason
+
+
+def record(step: int) -> str:
+    return json.dumps({"step": step, "lr": 1e-3, "loss": 2.5, "seconds": 0.5, "grad_norm": 1.0}) + "\n"
+
+
+def test_progress_in_a_log_is_plain_lines(tmp_path: Path) -> None:
+    metrics, shown = tmp_path / "metrics.jsonl", io.StringIO()
+    console = Console(file=shown, width=120)
+    with PathProgress(console, "wsd_s/v1", metrics, 0, 3, tokens=100) as progress:
+        progress.tick()
+        metrics.write_text(record(0) + record(1) + record(2)[:10])
+        progress.tick()
+        metrics.write_text(record(0) + record(1) + record(2))
+        progress.tick()
+    lines = shown.getvalue().splitlines()
+    assert lines[0] == "wsd_s/v1: starting at step 0 of 3"
+    assert lines[1] == "wsd_s/v1: step 3 of 3  loss 2.500  lr 1.00e-03  200 tok/s"
+    assert lines[2:] == ["wsd_s/v1: saving, evaluating on all test text, exporting"]
