@@ -19,7 +19,7 @@ import tomli_w
 from pathswitch.atomic import write_text_atomic
 from pathswitch.config import PlanFile, build_plan, load_plan_file
 from pathswitch.errors import RunError
-from pathswitch.versions import PARADIGMS, Plan
+from pathswitch.versions import PARADIGMS, Plan, Version
 from pathswitch.versions import Path as TrainingPath
 
 FORMAT = 1
@@ -143,8 +143,8 @@ class RunFolder:
     def _require_same_versions(self, old: Plan, new: Plan) -> None:
         """Refuse a change of a version whose steps have begun; later ones are still free."""
         for index, version in enumerate(old.begun(self._furthest_step())):
-            now = asdict(new.versions[index]) if index < len(new.versions) else {}
-            _require_same_settings(self.out, f"version {version.name}", asdict(version), now)
+            now = _version_settings(new.versions[index]) if index < len(new.versions) else {}
+            _require_same_settings(self.out, f"version {version.name}", _version_settings(version), now)
 
     def _furthest_step(self) -> int:
         steps = [
@@ -158,6 +158,10 @@ class RunFolder:
 def _settings(plan_file: PlanFile, section: str) -> dict[str, Any]:
     value = getattr(plan_file, section)
     return {} if value is None else value if isinstance(value, dict) else value.model_dump()
+
+
+def _version_settings(version: Version) -> dict[str, Any]:
+    return {**asdict(version), "shape": version.shape.name, **asdict(version.shape)}
 
 
 def _require_same_settings(out: Path, section: str, old: dict[str, Any], new: dict[str, Any]) -> None:

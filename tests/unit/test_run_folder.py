@@ -51,6 +51,8 @@ def test_the_recorded_plan_reads_back(tmp_path: Path) -> None:
         ({"deepspeed": {"bf16": {"enabled": True}}}, r"\[deepspeed\] bf16"),
         ({"versions": [{"name": "v1", "steps": 11}, {"name": "v2", "steps": 10}]}, r"\[version v1\] steps: .*10.*11"),
         ({"versions": [{"name": "w1", "steps": 10}, {"name": "v2", "steps": 10}]}, r"\[version v1\] name"),
+        ({"schedule": {"shape": "linear"}}, r"\[version v1\] shape: .*'cosine'.*'linear'"),
+        ({"versions": [{"name": "v1", "steps": 10, "shape": "knee"}]}, r"\[version v1\] shape"),
         ({"versions": [{"name": "v1", "steps": 10, "alpha": 0.5}]}, r"\[version v1\] decay_steps: .*6.*5"),
     ],
 )
