@@ -59,3 +59,11 @@ def test_readme_commands_exist() -> None:
                 assert option in shown.stdout, f"{words[1]} has no {option}"
         elif words[0].startswith("./"):
             assert (ROOT / words[0]).is_file(), words
+
+
+def test_the_two_quickstart_plans_differ_in_their_split_alone() -> None:
+    temporal, iid = (
+        tomllib.loads((ROOT / "launch" / f"{name}.toml").read_text()) for name in ("quickstart", "quickstart_iid")
+    )
+    assert iid["data"].pop("split") == "iid"
+    assert temporal == iid
