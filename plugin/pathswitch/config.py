@@ -8,7 +8,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path as FilePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -306,8 +306,17 @@ def _config_error(
         return ConfigError(place, given=f"unknown key {keys[-1]!r}", allowed=choices(section.model_fields, keys[-1]))
     if kind == "missing":
         return ConfigError(place, given="nothing", allowed="this key is required")
-    described = section.model_fields[field].description if field in section.model_fields else None
-    return ConfigError(place, given=given, allowed=described or message.removeprefix("Input should be "))
+    described = _description(section, field) or message.removeprefix("Input should be ")
+    return ConfigError(place, given=given, allowed=described)
+
+
+def _description(section: type[Section], field: str) -> str | None:
+    """Return what a field's description says is allowed, also where the field may be left out (``X | None``)."""
+    if field not in section.model_fields:
+        return None
+    info = section.model_fields[field]
+    alternatives = [meta for option in get_args(info.annotation) for meta in getattr(option, "__metadata__", ())]
+    return next((meta.description for meta in (info, *alternatives) if getattr(meta, "description", None)), None)
 
 
 def _place(loc: tuple[int | str, ...], content: Mapping[str, object]) -> str:

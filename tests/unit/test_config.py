@@ -68,15 +68,16 @@ def test_a_plan_resolves(tmp_path: Path) -> None:
         ('name = "v2"', 'name = "v1"', "[[versions]] name", "stands twice"),
         ('name = "v2"', 'name = "main"', "[[versions]] name", "any name but 'main'"),
         ('name = "v2"', 'name = "../v2"', "[[versions]] number 2", "letters, digits"),
-        ("steps = 100", "steps = 0", "[[versions]] number 2 ('v2') steps", "greater than or equal to 1"),
+        ("steps = 100", "steps = 0", "[[versions]] number 2 ('v2') steps", "a whole number >= 1"),
         ("steps = 100", "", "version 'v2' steps, tokens", "exactly one of"),
         ("steps = 100", "steps = 100\ntokens = 4096", "version 'v2' steps, tokens", "exactly one of"),
         ("steps = 100", "tokens = 2047", "version 'v2' tokens", "at least the 2048 tokens"),
         ("steps = 100", "steps = 100\nalpha = 0.5\ndecay_steps = 3", "version 'v2' decay_steps", "either alpha or"),
+        ("steps = 100", "steps = 100\nalpha = 1.5", "[[versions]] number 2 ('v2') alpha", "0 < alpha <= 1"),
         ("steps = 100", "steps = 100\ndecay_steps = 101", "version 'v2' decay_steps", "1 <= decay_steps <= steps"),
         ("steps = 100", "steps = 100\ntrian = 'x'", "[[versions]] number 2 ('v2') trian", "did you mean 'train'"),
         ("steps = 100", "steps = 100\ntrain = 3", "[[versions]] number 2 ('v2') train", "a file name or a list"),
-        ("seq_len = 128", "seq_len = 0", "[data] seq_len", "greater than or equal to 1|whole number"),
+        ("seq_len = 128", "seq_len = 0", "[data] seq_len", "whole number"),
         ("seq_len = 128", "seq_len = 128\nsplit = 'iit'", "[data] split", "'temporal' or 'iid'"),
         ("[train]", "[train]\nbetas = [0.9]", "[train] betas", "beta1, beta2"),
         ("[train]", "[trian]", "[trian]", "did you mean 'train'"),
@@ -91,7 +92,7 @@ def test_what_does_not_fit_is_named_with_its_place(
         load(tmp_path, GOOD.replace(old, new))
     text = str(error.value)
     assert place in text and str(tmp_path / "plan.toml") in text
-    assert any(part in text for part in message.split("|")), text
+    assert message in text
     assert "\n" not in text
 
 

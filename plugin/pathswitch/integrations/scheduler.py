@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -91,9 +92,15 @@ class PathSwitchLR(LRScheduler):
         """
         if epoch is not None:
             raise ScheduleError(f"PathSwitchLR.step() takes no step number, given {epoch!r}: it counts updates itself")
-        if self._updated_since_step:
-            self._set_step(self._updates + 1)
-            self._updated_since_step = False
+        if not self._updated_since_step:
+            warnings.warn(
+                "PathSwitchLR.step() without an optimizer update since the last call does not count; the LR of a step "
+                "is in `pathswitch lr` and scheduler.path.lr(step)",
+                stacklevel=2,
+            )
+            return
+        self._set_step(self._updates + 1)
+        self._updated_since_step = False
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """Return the LR of the next update for every param group, computed from the plan."""

@@ -143,6 +143,13 @@ def test_skipped_updates_do_not_count() -> None:
     assert scheduler.last_epoch == 4
 
 
+def test_a_step_without_an_update_says_that_it_does_not_count() -> None:
+    scheduler = PathSwitchLR(sgd(), **PARAMS)
+    with pytest.warns(UserWarning, match="does not count"):
+        scheduler.step()
+    assert scheduler.last_epoch == 0
+
+
 def test_stepped_several_times_an_update() -> None:
     """Accelerate steps a prepared scheduler once per process."""
     optimizer = sgd()
