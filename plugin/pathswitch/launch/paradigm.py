@@ -58,9 +58,14 @@ def _run_path(plan_file: PlanFile, folder: RunFolder, path: TrainingPath, label:
     files.folder.mkdir(parents=True, exist_ok=True)
     arguments = ["--out", str(folder.out.resolve()), "--paradigm", path.paradigm, "--path", path.name]
     command = deepspeed_command("pathswitch.trainer", arguments, ranks=ranks, port=free_port())
-    first_step = files.step() or path.start_step
     log_start = files.log.stat().st_size if files.log.is_file() else 0
-    progress = PathProgress(console, label, files.metrics, first_step, path.end_step, plan_file.tokens_per_step)
+    progress = PathProgress(
+        console,
+        path,
+        files.metrics,
+        first_step=files.step() or path.start_step,
+        tokens_per_step=plan_file.tokens_per_step,
+    )
     with progress:
         code = run_job(command, job_environment(ranks, os.environ), files.log, progress.tick)
     if not folder.is_complete(path):

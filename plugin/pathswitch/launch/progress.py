@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from pathswitch.versions import Path as TrainingPath
+
 LINE_SECONDS = 5.0
 
 
@@ -18,10 +20,12 @@ class PathProgress:
     """Follows one path's metrics file; ``tick()`` shows what is new in it."""
 
     def __init__(
-        self, console: Console, label: str, metrics: Path, first_step: int, end_step: int, tokens: int
+        self, console: Console, path: TrainingPath, metrics: Path, *, first_step: int, tokens_per_step: int
     ) -> None:
-        self._console, self._label, self._metrics = console, label, metrics
-        self._first_step, self._end_step, self._tokens_per_step = first_step, end_step, tokens
+        self._console, self._metrics = console, metrics
+        self._label = f"{path.paradigm}/{path.name}"
+        self._closing = "saving" if path.release is None else "saving, evaluating on all test text, exporting"
+        self._first_step, self._end_step, self._tokens_per_step = first_step, path.end_step, tokens_per_step
         self._offset = metrics.stat().st_size if metrics.is_file() else 0
         self._last_line = time.monotonic()
         self._bar: Progress | None = None
@@ -46,6 +50,7 @@ class PathProgress:
         """Leave the finished bar standing."""
         self.tick()
         if self._bar is not None:
+            self._bar.update(self._task, details="done" if error is None else "stopped")
             self._bar.stop()
 
     def tick(self) -> None:
@@ -65,11 +70,10 @@ class PathProgress:
 
     def _say_closing(self) -> None:
         """Say what goes on behind the last update: no step is shown any more."""
-        closing = "saving, evaluating on all test text, exporting"
         if self._bar is not None:
-            self._bar.update(self._task, details=closing)
+            self._bar.update(self._task, details=self._closing)
         else:
-            self._console.print(f"{self._label}: {closing}", highlight=False)
+            self._console.print(f"{self._label}: {self._closing}", highlight=False)
 
     def _newest_record(self) -> dict[str, Any] | None:
         """Return the last whole line that has appeared since the last look."""

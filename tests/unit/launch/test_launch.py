@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pathswitch.config import plan_from_params
 from pathswitch.launch.local import deepspeed_command, job_environment, run_job
 from pathswitch.launch.paradigm import _reason
 from pathswitch.launch.progress import PathProgress
@@ -100,7 +101,9 @@ def record(step: int) -> str:
 def test_progress_in_a_log_is_plain_lines(tmp_path: Path) -> None:
     metrics, shown = tmp_path / "metrics.jsonl", io.StringIO()
     console = Console(file=shown, width=120)
-    with PathProgress(console, "wsd_s/v1", metrics, 0, 3, tokens=100) as progress:
+    plan = plan_from_params({"max_lr": 1e-3, "versions": [{"name": "v1", "steps": 3}]})
+    path = plan.path("v1", "wsd_s")
+    with PathProgress(console, path, metrics, first_step=0, tokens_per_step=100) as progress:
         progress.tick()
         metrics.write_text(record(0) + record(1) + record(2)[:10])
         progress.tick()
