@@ -211,15 +211,16 @@ def sweep(
 
 @app.command()
 def compare(runs: Runs, as_json: JsonOption = False) -> None:
-    """Compare paradigms: perplexity per version on all text so far and on the newest, the matrix, the cost."""
+    """Compare paradigms, for each [data] split of the runs: perplexity per version, the matrix, the cost."""
     from pathswitch.report.collect import collect
+    from pathswitch.report.export import to_json
     from pathswitch.report.tables import comparison_tables
 
-    comparison = collect(runs)
+    comparisons = collect(runs)
     if as_json:
-        _print_json(comparison.to_json())
+        _print_json(to_json(comparisons))
     else:
-        console.print(comparison_tables(comparison))
+        console.print(comparison_tables(comparisons))
 
 
 @app.command()
@@ -229,7 +230,7 @@ def report(
         Path | None, typer.Option(metavar="FILE.html", help="Default: report.html in the first run folder.")
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page, with its figures beside it as PNG and SVG."""
+    """Write one self-contained HTML page with a section per [data] split; figures beside it as PNG and SVG."""
     from pathswitch.report.html import write_report
 
     page = write_report(runs, out or runs[0] / "report.html")

@@ -1,22 +1,24 @@
-"""From run folders to one comparison: quality and cost of every version, by paradigm, over seeds."""
+"""From run folders to comparisons, one per split: quality and cost of every version, by paradigm, over seeds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import isfinite
 from pathlib import Path as FilePath
 from typing import Any
 
 from pathswitch.config import PlanFile
 from pathswitch.errors import RunError
-from pathswitch.report.runs import PathRun, RunFolder, Score, read_run_folder
+from pathswitch.report.runs import PathRun, RunFolder, Score, Split, read_run_folder, trained_on
 from pathswitch.versions import PARADIGMS, Cost, Paradigm, Plan
 
-JSON_FORMAT = 1
+# The order in which comparisons stand: as text comes in reality, then as in the paper.
+SPLITS: tuple[Split, ...] = ("temporal", "iid")
 # [deepspeed] says how a machine computes, not what; everything else must agree for numbers to stand side by side.
 COMPARED_SECTIONS = ("schedule", "versions", "baselines", "model", "data", "train")
+# What may differ: the two views of one plan, its repetitions, and how often it is saved, which changes nothing trained.
+FREE_SETTINGS = (("data", "split"), ("train", "seed"), ("train", "save_every_steps"))
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,10 @@ class VersionResult:
     """Steps that the paradigm trains for all versions up to and including this one."""
     ratio_to_ptfs: float
     """These steps over those of pre-training every version so far from scratch."""
+    trained_on: tuple[str, ...]
+    """Versions whose text it has seen: those up to this one, or with split = "iid" all of them."""
     all_so_far: Quality
-    """On the test text of all versions up to this one, pooled."""
+    """On the test text of the versions in ``trained_on``, pooled."""
     newest: Quality
     """On this version's own test text."""
     test_sets: dict[str, Quality]
@@ -90,7 +94,7 @@ class Incomplete:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that a report shows."""
+    """All that a report shows of the runs of one split."""
 
     folders: tuple[RunFolder, ...]
     results: tuple[VersionResult, ...]
@@ -98,7 +102,7 @@ class Comparison:
 
     @property
     def plan_file(self) -> PlanFile:
-        """The plan file that all folders share, but for its seed."""
+        """The plan file that all folders share, but for FREE_SETTINGS."""
         return self.folders[0].plan_file
 
     @property
@@ -112,9 +116,9 @@ class Comparison:
         return self.plan_file.tokens_per_step
 
     @property
-    def split(self) -> str:
-        """How the text was split into versions."""
-        return self.plan_file.data.split if self.plan_file.data else "unknown"
+    def split(self) -> Split:
+        """How the text was dealt to the versions."""
+        return self.folders[0].split
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
@@ -147,57 +151,12 @@ class Comparison:
         candidates = compared or released
         return candidates[-1] if candidates else None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the comparison as JSON values; a value that is not finite becomes null."""
-        plan, cost, tokens = self.plan, self.plan.cost, self.tokens_per_step
-        return {
-            "format": JSON_FORMAT,
-            "split": self.split,
-            "seeds": list(self.seeds),
-            "tokens_per_step": tokens,
-            "versions": [
-                {"name": v.name, "steps": v.steps, "fork_step": fork, "decay_steps": v.decay_steps, "end_step": end}
-                for v, fork, end in zip(plan.versions, plan.fork_steps, plan.end_steps, strict=True)
-            ],
-            "paradigms": {
-                paradigm: {
-                    "run": paradigm in self.paradigms,
-                    "steps": cost.of(paradigm),
-                    "tokens": None if tokens is None else cost.of(paradigm) * tokens,
-                    "ratio_to_ptfs": cost.of(paradigm) / cost.ptfs_steps,
-                }
-                for paradigm in PARADIGMS
-            },
-            "results": [_result_json(result) for result in self.results],
-            "incomplete": [
-                {
-                    "paradigm": item.paradigm,
-                    "path": item.path,
-                    "seed": item.seed,
-                    "done_steps": item.done_steps,
-                    "steps": item.steps,
-                    "trained": item.trained,
-                }
-                for item in self.incomplete
-            ],
-            "runs": [
-                {
-                    "folder": str(folder.folder),
-                    "seed": folder.seed,
-                    "ranks": folder.ranks,
-                    "paradigms": list(folder.runs),
-                    "environment": folder.environment,
-                }
-                for folder in self.folders
-            ],
-        }
 
-
-def collect(folders: Sequence[FilePath]) -> Comparison:
-    """Read run folders of one plan (other paradigms, other seeds) into one comparison.
+def collect(folders: Sequence[FilePath]) -> tuple[Comparison, ...]:
+    """Read run folders of one plan (other paradigms, seeds, splits) into one comparison per split, in order of SPLITS.
 
     Raises:
-        RunError: no folder, folders whose plans differ, or one paradigm with one seed twice.
+        RunError: no folder, folders whose plans differ, or one split, paradigm and seed twice.
         ConfigError: a folder's plan cannot be loaded.
     """
     if not folders:
@@ -207,8 +166,18 @@ def collect(folders: Sequence[FilePath]) -> Comparison:
         raise RunError(f"{read[0].folder / 'plan.toml'}: given no [[versions]]; allowed: at least one to report on")
     for other in read[1:]:
         _check_same_plan(read[0], other)
-    _check_disjoint(read)
     _check_same_text(read)
+    groups = (tuple(folder for folder in read if folder.split == split) for split in SPLITS)
+    return tuple(_comparison(group) for group in groups if group)
+
+
+def cost_up_to(plan: Plan, n_versions: int) -> Cost:
+    """Return what the first ``n_versions`` versions of a plan cost on their own."""
+    return replace(plan, versions=plan.versions[:n_versions]).cost
+
+
+def _comparison(read: tuple[RunFolder, ...]) -> Comparison:
+    _check_disjoint(read)
     paradigms = [p for p in PARADIGMS if any(p in folder.runs for folder in read)]
     rows = [_result(read, p, index) for index in range(len(read[0].plan.versions)) for p in paradigms]
     incomplete = [
@@ -219,11 +188,6 @@ def collect(folders: Sequence[FilePath]) -> Comparison:
         if not _finished(run)
     ]
     return Comparison(read, tuple(row for row in rows if row is not None), tuple(incomplete))
-
-
-def cost_up_to(plan: Plan, n_versions: int) -> Cost:
-    """Return what the first ``n_versions`` versions of a plan cost on their own."""
-    return replace(plan, versions=plan.versions[:n_versions]).cost
 
 
 def _finished(run: PathRun) -> bool:
@@ -241,7 +205,7 @@ def _result(folders: tuple[RunFolder, ...], paradigm: Paradigm, index: int) -> V
     }
     if not of_seed:
         return None
-    so_far = [v.name for v in plan.versions[: index + 1]]
+    seen = trained_on(plan, folders[0].split, version)
     cost = cost_up_to(plan, index + 1)
     return VersionResult(
         paradigm=paradigm,
@@ -249,7 +213,8 @@ def _result(folders: tuple[RunFolder, ...], paradigm: Paradigm, index: int) -> V
         seeds=tuple(of_seed),
         steps=cost.of(paradigm),
         ratio_to_ptfs=cost.of(paradigm) / cost.ptfs_steps,
-        all_so_far=_quality([Score.pooled(sets[name] for name in so_far) for sets in of_seed.values()]),
+        trained_on=seen,
+        all_so_far=_quality([Score.pooled(sets[name] for name in seen) for sets in of_seed.values()]),
         newest=_quality([sets[version] for sets in of_seed.values()]),
         test_sets={
             v.name: _quality([sets[v.name] for sets in of_seed.values()])
@@ -266,15 +231,17 @@ def _quality(scores: list[Score]) -> Quality:
 def _check_same_plan(first: RunFolder, other: RunFolder) -> None:
     ours, theirs = (folder.plan_file.model_dump() for folder in (first, other))
     for plan in (ours, theirs):
-        if plan["train"] is not None:
-            del plan["train"]["seed"]
+        for section, key in FREE_SETTINGS:
+            if plan[section] is not None:
+                del plan[section][key]
+    allowed = ", ".join(f"[{section}] {key}" for section, key in FREE_SETTINGS)
     for section in COMPARED_SECTIONS:
         difference = _difference(ours[section], theirs[section], f"[{section}]")
         if difference is not None:
             field, here, there = difference
             raise RunError(
                 f"{other.folder}: given {field} = {there!r}; allowed: {here!r}, as in {first.folder} "
-                "(a comparison needs one plan; only the seed may differ)"
+                f"(a comparison needs one plan; only {allowed} may differ)"
             )
 
 
@@ -320,30 +287,3 @@ def _check_same_text(folders: tuple[RunFolder, ...]) -> None:
                             f"{folder.folder / run.path.paradigm / run.path.name}: test set {name!r} has {size[0]} "
                             f"tokens in {size[1]} bytes; allowed: {expected[0]} in {expected[1]}, as in the other paths"
                         )
-
-
-def _result_json(result: VersionResult) -> dict[str, Any]:
-    return {
-        "paradigm": result.paradigm,
-        "version": result.version,
-        "seeds": list(result.seeds),
-        "steps": result.steps,
-        "ratio_to_ptfs": result.ratio_to_ptfs,
-        "all_so_far": _quality_json(result.all_so_far),
-        "newest": _quality_json(result.newest),
-        "test_sets": {name: _quality_json(quality) for name, quality in result.test_sets.items()},
-    }
-
-
-def _quality_json(quality: Quality) -> dict[str, Any]:
-    return {"perplexity": _spread_json(quality.perplexity), "bits_per_byte": _spread_json(quality.bits_per_byte)}
-
-
-def _spread_json(spread: Spread) -> dict[str, Any]:
-    numbers = {"mean": spread.mean, "min": spread.low, "max": spread.high}
-    values = [_finite(value) for value in spread.values]
-    return {key: _finite(value) for key, value in numbers.items()} | {"values": values}
-
-
-def _finite(value: float) -> float | None:
-    return value if isfinite(value) else None

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -13,17 +14,13 @@ from pathswitch.atomic import write_text_atomic
 from pathswitch.errors import PathSwitchError
 from pathswitch.report import plots, wording
 from pathswitch.report.collect import Comparison, Quality, Spread, VersionResult, collect
+from pathswitch.report.runs import RunFolder
 from pathswitch.report.style import BAND, COLOURS, DARK, INK, LINE, MUTED, PAPER
 from pathswitch.versions import PARADIGMS
 
 TEMPLATE = FilePath(__file__).parent / "templates" / "report.html.j2"
 VARIABLES = {INK: "ink", MUTED: "muted", PAPER: "paper", BAND: "band", LINE: "line"} | {
     colour: paradigm for paradigm, colour in COLOURS.items()
-}
-SPLITS = {
-    "temporal": "by time: each version’s text is newer than the text of those before it",
-    "iid": "i.i.d.: all text shuffled, then dealt to the versions",
-    "unknown": "not stated in the plan",
 }
 
 
@@ -56,18 +53,20 @@ def write_report(folders: Sequence[FilePath], out: FilePath) -> FilePath:
         RunError: the folders do not belong together, or one of them is damaged.
         PathSwitchError: matplotlib or jinja2 is not installed.
     """
-    comparison = collect(folders)
+    comparisons = collect(folders)
     figures = {}
-    for name, draw in _drawable(comparison).items():
+    for name, draw in _drawable(comparisons).items():
         file = out.parent / "figures" / f"{name}.svg"
-        draw(comparison, file, file.with_suffix(".png"))
+        draw(file, file.with_suffix(".png"))
         figures[name] = file.read_text(encoding="utf-8")
-    write_text_atomic(out, render(comparison, figures))
+    write_text_atomic(out, render(comparisons, figures))
     return out
 
 
-def render(comparison: Comparison, figures: dict[str, str]) -> str:
-    """Return the page as HTML; ``figures`` holds SVG text by figure name, and a missing one is left out.
+def render(comparisons: Sequence[Comparison], figures: dict[str, str]) -> str:
+    """Return the page as HTML, with a section per comparison where there are several.
+
+    ``figures`` holds SVG text by figure name, and a missing one is left out.
 
     Raises:
         PathSwitchError: jinja2 is not installed.
@@ -81,7 +80,8 @@ def render(comparison: Comparison, figures: dict[str, str]) -> str:
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     inlined = {name: Markup(inline_svg(svg, name)) for name, svg in figures.items()}
     return template.render(
-        _facts(comparison),
+        _facts(comparisons),
+        views=[_view(comparison, _suffix(comparison, comparisons)) for comparison in comparisons],
         figures=inlined,
         light=[(name, colour) for colour, name in VARIABLES.items()],
         dark=[(name, DARK[colour]) for colour, name in VARIABLES.items()],
@@ -102,75 +102,99 @@ def inline_svg(svg: str, name: str) -> str:
     return f'<svg {view_box.group()} role="img" aria-labelledby="caption-{name}">{rest}'
 
 
-def reproduce_commands(comparison: Comparison) -> list[str]:
+def reproduce_commands(comparisons: Sequence[Comparison]) -> list[str]:
     """Return the commands that train these runs and write this page again."""
     trained = [
-        f"pathswitch run plan.toml --out {shlex.quote(str(folder.folder))} --paradigm {paradigm} --seed {folder.seed}"
+        f"pathswitch run plan{_suffix(comparison, comparisons)}.toml --out {shlex.quote(str(folder.folder))} "
+        f"--paradigm {paradigm} --seed {folder.seed}"
+        for comparison in comparisons
         for folder in comparison.folders
         for paradigm in folder.runs
     ]
-    report = ["pathswitch", "report", *(str(folder.folder) for folder in comparison.folders)]
+    report = ["pathswitch", "report", *(str(folder.folder) for folder in _folders(comparisons))]
     return ["pip install 'pathswitch[report]'", *trained, shlex.join(report)]
 
 
-def _drawable(comparison: Comparison) -> dict[str, Callable[..., None]]:
+def _folders(comparisons: Sequence[Comparison]) -> list[RunFolder]:
+    return [folder for comparison in comparisons for folder in comparison.folders]
+
+
+def _suffix(comparison: Comparison, comparisons: Sequence[Comparison]) -> str:
+    """Tell apart what exists once per comparison, where there are several."""
+    return f"-{comparison.split}" if len(comparisons) > 1 else ""
+
+
+def _drawable(comparisons: Sequence[Comparison]) -> dict[str, Callable[..., None]]:
     """Return the figures that there is something to draw for, in the order of the page."""
-
-    def draw_lr_paths(comparison: Comparison, *files: FilePath) -> None:
-        plots.lr_paths(comparison.plan, *files, tokens_per_step=comparison.tokens_per_step)
-
-    figures: dict[str, Callable[..., None]] = {"lr-paths": draw_lr_paths}
-    if plots.quality_points(comparison):
-        figures["quality-cost"] = plots.quality_cost
-    if comparison.results:
-        figures["perplexity-matrix"] = plots.perplexity_matrix
-    if any(run.losses for folder in comparison.folders for runs in folder.runs.values() for run in runs):
-        figures["loss-curves"] = plots.loss_curves
+    first = comparisons[0]
+    figures: dict[str, Callable[..., None]] = {
+        "lr-paths": partial(plots.lr_paths, first.plan, tokens_per_step=first.tokens_per_step)
+    }
+    for comparison in comparisons:
+        suffix = _suffix(comparison, comparisons)
+        if plots.quality_points(comparison):
+            figures[f"quality-cost{suffix}"] = partial(plots.quality_cost, comparison)
+        if comparison.results:
+            figures[f"perplexity-matrix{suffix}"] = partial(plots.perplexity_matrix, comparison)
+        if any(run.losses for folder in comparison.folders for runs in folder.runs.values() for run in runs):
+            figures[f"loss-curves{suffix}"] = partial(plots.loss_curves, comparison)
     return figures
 
 
-def _facts(comparison: Comparison) -> dict[str, Any]:
-    """Gather all that the template shows, as text."""
-    plan, cost = comparison.plan, comparison.plan.cost
-    versions = {version.name: _rows(comparison, version.name) for version in plan.versions}
+def _facts(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """Gather what the page shows of the plan and of all runs together, as text."""
+    first, folders = comparisons[0], _folders(comparisons)
+    cost = first.plan.cost
     return {
-        "headline": _unbroken(wording.headline(comparison)),
-        "findings": [_unbroken(sentence) for sentence in wording.findings(comparison)],
-        "seeds_note": wording.seeds_note(comparison),
-        "not_run_note": wording.not_run_note(comparison),
-        "incomplete": [(wording.LABELS[i.paradigm], i.path, i.seed, i.status) for i in comparison.incomplete],
-        "split": comparison.split,
-        "split_meaning": SPLITS[comparison.split],
-        "paths_drawn": "path_switching" in comparison.paradigms,
-        "seeds": comparison.seeds,
-        "several_seeds": len(comparison.seeds) > 1,
+        "headline": _unbroken(wording.headline(first)),
+        "splits": [comparison.split for comparison in comparisons],
+        "seeds": sorted({folder.seed for folder in folders}),
         "path_switching_steps": f"{cost.path_switching_steps:,}",
         "ptfs_steps": f"{cost.ptfs_steps:,}",
         "ratio": wording.percent(cost.ratio_to_ptfs),
-        "versions": {name: rows for name, rows in versions.items() if rows},
-        "n_versions": len(plan.versions),
+        "n_versions": len(first.plan.versions),
         "costs": [
             {
                 "paradigm": paradigm,
                 "label": wording.LABELS[paradigm],
                 "meaning": wording.MEANINGS[paradigm],
                 "steps": f"{cost.of(paradigm):,}",
-                "tokens": _tokens(comparison, cost.of(paradigm)),
+                "tokens": _tokens(first, cost.of(paradigm)),
                 "ratio": wording.percent(cost.of(paradigm) / cost.ptfs_steps),
-                "run": "run" if paradigm in comparison.paradigms else "not run",
+                "run_with": [comparison.split for comparison in comparisons if paradigm in comparison.paradigms],
             }
             for paradigm in PARADIGMS
         ],
-        "plan_text": comparison.folders[0].plan_text,
-        "folders": comparison.folders,
-        "environments": _environments(comparison),
-        "commands": reproduce_commands(comparison),
+        "plan_text": first.folders[0].plan_text,
+        "folders": folders,
+        "environments": _environments(folders),
+        "commands": reproduce_commands(comparisons),
+    }
+
+
+def _view(comparison: Comparison, suffix: str) -> dict[str, Any]:
+    """Gather what the page shows of the runs of one split, as text."""
+    versions = {version.name: _rows(comparison, version.name) for version in comparison.plan.versions}
+    return {
+        "split": comparison.split,
+        "suffix": suffix,
+        "title": wording.SPLIT_TITLES[comparison.split],
+        "meaning": wording.SPLIT_MEANINGS[comparison.split],
+        "columns": wording.heads(comparison),
+        "summary": wording.summary(comparison),
+        "findings": [_unbroken(sentence) for sentence in wording.findings(comparison)],
+        "seeds_note": wording.seeds_note(comparison),
+        "not_run_note": wording.not_run_note(comparison),
+        "incomplete": [(wording.LABELS[i.paradigm], i.path, i.seed, i.status) for i in comparison.incomplete],
+        "paths_drawn": "path_switching" in comparison.paradigms,
+        "several_seeds": len(comparison.seeds) > 1,
+        "versions": {name: rows for name, rows in versions.items() if rows},
     }
 
 
 def _rows(comparison: Comparison, version: str) -> list[Row]:
     results = comparison.results_of(version)
-    rankings = {column: wording.ranking(results, column) for column in wording.COLUMNS}
+    rankings = {column: wording.ranking(results, column) for column in wording.COLUMNS[comparison.split]}
 
     def cells(result: VersionResult, values_of: Callable[[Quality], Spread], number: Callable[[float], str]) -> Any:
         for column, ranked in rankings.items():
@@ -204,10 +228,10 @@ def _tokens(comparison: Comparison, steps: int) -> str:
     return "–" if comparison.tokens_per_step is None else wording.tokens(steps * comparison.tokens_per_step)
 
 
-def _environments(comparison: Comparison) -> list[tuple[list[str], dict[str, Any]]]:
+def _environments(folders: Sequence[RunFolder]) -> list[tuple[list[str], dict[str, Any]]]:
     """Return each environment once, with the folders that were trained in it."""
     grouped: list[tuple[list[str], dict[str, Any]]] = []
-    for folder in comparison.folders:
+    for folder in folders:
         same = next((names for names, environment in grouped if environment == folder.environment), None)
         if same is None:
             grouped.append(([str(folder.folder)], folder.environment))

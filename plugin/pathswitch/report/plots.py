@@ -105,7 +105,8 @@ def loss_curves(comparison: Comparison, *files: FilePath) -> None:
 def quality_points(comparison: Comparison) -> tuple[VersionResult, ...]:
     """Return the results at the version to look at first, without those that diverged."""
     results = comparison.results_of(comparison.focus) if comparison.focus is not None else ()
-    return tuple(r for r in results if all(isfinite(spread_of(r, column).mean) for column in COLUMNS))
+    columns = COLUMNS[comparison.split]
+    return tuple(r for r in results if all(isfinite(spread_of(r, c).mean) for c in columns))
 
 
 def quality_cost(comparison: Comparison, *files: FilePath) -> None:
@@ -118,10 +119,12 @@ def quality_cost(comparison: Comparison, *files: FilePath) -> None:
     results = quality_points(comparison)
     if not results:
         raise PathSwitchError("figure of quality against cost: no version has been released and evaluated yet")
+    columns = COLUMNS[comparison.split]
     with _figure("quality-cost", 3.6, files) as figure:
-        for axes, column in zip(figure.subplots(1, 2), COLUMNS, strict=True):
-            _draw_quality(axes, results, column)
-            axes.set_title(f"{results[0].version} on {COLUMNS[column]}")
+        panels = figure.subplots(1, len(columns), squeeze=False).flatten()
+        for axes, (column, text) in zip(panels, columns.items(), strict=True):
+            _draw_quality(axes, results, column, LETTERS_ACROSS / len(columns) - 2)
+            axes.set_title(f"{results[0].version} on {text}")
             axes.set_xlabel("steps, % of pre-training from scratch")
             axes.set_xlim(0, 145)
             axes.set_xticks([0, 20, 40, 60, 80, 100])
@@ -129,7 +132,7 @@ def quality_cost(comparison: Comparison, *files: FilePath) -> None:
 
 
 def perplexity_matrix(comparison: Comparison, *files: FilePath) -> None:
-    """Draw heat maps version x test set, one per paradigm on one colour scale; hatched: newer than the version.
+    """Draw heat maps version x test set, one per paradigm on one colour scale; hatched: not trained on yet.
 
     Raises:
         ConfigError: a file is neither .svg nor .png.
@@ -143,7 +146,7 @@ def perplexity_matrix(comparison: Comparison, *files: FilePath) -> None:
     n_columns = min(len(drawn), 3 if len(names) <= 6 else 2)
     n_rows = -(-len(drawn) // n_columns)
     cell = WIDTH_INCHES / max(n_columns, 2) / (len(names) + 1.6)
-    with _figure("perplexity-matrix", n_rows * (min(cell, 0.5) * len(names) + 0.75), files) as figure:
+    with _figure("perplexity-matrix", n_rows * (min(cell, 0.5) * len(names) + 0.95), files) as figure:
         panels = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
         scale = _colour_scale([rows for _, rows in drawn])
         for axes, (paradigm, rows) in zip(panels, drawn, strict=False):
@@ -308,7 +311,7 @@ def _loss_limits(runs: Sequence[PathRun]) -> tuple[float, float]:
     return min(finite) - margin, max(finite) + margin
 
 
-def _draw_quality(axes: Axes, results: Sequence[VersionResult], column: Column) -> None:
+def _draw_quality(axes: Axes, results: Sequence[VersionResult], column: Column, letters: float) -> None:
     lows, highs = zip(*((spread_of(r, column).low, spread_of(r, column).high) for r in results), strict=True)
     middle, span = (min(lows) + max(highs)) / 2, max(max(highs) - min(lows), 0.1 * max(highs))
     axes.set_ylim(middle - 0.62 * span, middle + 0.62 * span)
@@ -318,8 +321,8 @@ def _draw_quality(axes: Axes, results: Sequence[VersionResult], column: Column) 
         cost, error = 100 * result.ratio_to_ptfs, [[values.mean - values.low], [values.high - values.mean]]
         axes.errorbar([cost], [values.mean], yerr=error, fmt="o", color=colour, markersize=8, capsize=4, zorder=3)
         text = f"{SHORT_LABELS[result.paradigm]} {perplexity(values.mean)}"
-        # About 48 letters fit across the panel, and 14 lines: labels that would overlap move up by a line.
-        end, line, height = cost + 145 * len(text) / 48, 1.24 * span / 14, values.mean
+        # About that many letters fit across the panel, and 14 lines: labels that would overlap move up by a line.
+        end, line, height = cost + 145 * len(text) / letters, 1.24 * span / 14, values.mean
         for left, right, other in labels:
             if left < end and cost < right and height < other + line:
                 height = other + line
@@ -337,9 +340,8 @@ def _draw_quality(axes: Axes, results: Sequence[VersionResult], column: Column) 
 
 
 def _seen(row: VersionResult) -> dict[str, Spread]:
-    """Return the perplexities on the text of the version itself and of those before it."""
-    names = list(row.test_sets)
-    return {name: row.test_sets[name].perplexity for name in names[: names.index(row.version) + 1]}
+    """Return the perplexities on the text of the versions that it has been trained on."""
+    return {name: row.test_sets[name].perplexity for name in row.trained_on}
 
 
 def _colour_scale(tables: Sequence[Sequence[VersionResult]]) -> tuple[Any, Any]:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import exp, inf, isclose, isfinite, log
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, Literal
 
 from pathswitch.config import PlanFile, build_plan, load_plan_file
 from pathswitch.errors import RunError
 from pathswitch.versions import PARADIGMS, Paradigm, Path, Plan
+
+Split = Literal["temporal", "iid"]
 
 RUN_FORMAT = 1
 # exp() of a larger mean loss overflows: such a model knows nothing, and its perplexity reads "inf".
@@ -66,6 +68,8 @@ class RunFolder:
     seed: int
     ranks: int
     environment: dict[str, Any]
+    split: Split
+    """How the text was dealt to the versions."""
     plan_file: PlanFile
     plan_text: str
     runs: dict[Paradigm, tuple[PathRun, ...]]
@@ -88,9 +92,12 @@ def read_run_folder(folder: FilePath) -> RunFolder:
     if record.get("format") != RUN_FORMAT:
         raise RunError(f"{record_file}: given format {record.get('format')!r}; allowed: {RUN_FORMAT}")
     plan_file = load_plan_file(folder / "plan.toml")
+    if plan_file.data is None:
+        raise RunError(f"{folder / 'plan.toml'}: [data] is missing; allowed: a plan that says how its text is split")
+    split = plan_file.data.split
     plan = build_plan(plan_file, str(folder / "plan.toml"))
     runs = {
-        paradigm: tuple(_path_run(folder / paradigm / path.name, path, plan) for path in plan.paths(paradigm))
+        paradigm: tuple(_path_run(folder / paradigm / path.name, path, plan, split) for path in plan.paths(paradigm))
         for paradigm in PARADIGMS
         if (folder / paradigm).is_dir()
     }
@@ -99,18 +106,25 @@ def read_run_folder(folder: FilePath) -> RunFolder:
         seed=_field(record, "seed", record_file),
         ranks=_field(record, "ranks", record_file),
         environment=_field(record, "environment", record_file),
+        split=split,
         plan_file=plan_file,
         plan_text=(folder / "plan.toml").read_text(encoding="utf-8"),
         runs=runs,
     )
 
 
-def _path_run(folder: FilePath, path: Path, plan: Plan) -> PathRun:
+def trained_on(plan: Plan, split: Split, version: str) -> tuple[str, ...]:
+    """Name the versions whose text a version has been trained on: those up to it, or with one pool of text all."""
+    names = tuple(v.name for v in plan.versions)
+    return names if split == "iid" else names[: names.index(version) + 1]
+
+
+def _path_run(folder: FilePath, path: Path, plan: Plan, split: Split) -> PathRun:
     losses = dict(sorted(_updates(folder / "metrics.jsonl")))
     complete = _is_complete(folder / "done.json", path)
     evaluation = folder / "evaluation.json"
     scored = path.release is not None and evaluation.is_file()
-    return PathRun(path, losses, complete, _test_sets(evaluation, path, plan) if scored else None)
+    return PathRun(path, losses, complete, _test_sets(evaluation, path, plan, split) if scored else None)
 
 
 def _updates(file: FilePath) -> Iterator[tuple[int, float]]:
@@ -143,14 +157,14 @@ def _is_complete(file: FilePath, path: Path) -> bool:
     return True
 
 
-def _test_sets(file: FilePath, path: Path, plan: Plan) -> dict[str, Score]:
+def _test_sets(file: FilePath, path: Path, plan: Plan, split: Split) -> dict[str, Score]:
     evaluation = _load(file)
     if (step := _field(evaluation, "step", file)) != path.end_step:
         raise RunError(f"{file}: given step {step}; allowed: {path.end_step}, where the plan releases the version")
     entries = _field(evaluation, "test_sets", file)
     names = [version.name for version in plan.versions]
-    # Versions that were added to the plan after this release have no entry; all text up to its own must be there.
-    required = names[: names.index(path.name) + 1]
+    # Versions that were added to the plan after this release have no entry; all that it was trained on must be there.
+    required = trained_on(plan, split, path.name)
     scored = [name for name in names if name in required or name in entries]
     return {name: _score(_field(entries, name, file), name, file) for name in scored}
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
 from pathswitch.report.collect import Comparison, Spread, VersionResult
 from pathswitch.report.wording import (
+    COLUMNS,
     LABELS,
     SHORT_LABELS,
+    SPLIT_TITLES,
     Ranking,
     compact,
+    heads,
     not_run_note,
     percent,
     perplexity,
     ranking,
     seed_range,
     seeds_note,
+    spread_of,
     tokens,
 )
 from pathswitch.versions import MAIN, PARADIGMS, Paradigm, Plan
@@ -33,24 +38,35 @@ def plan_table(plan: Plan, tokens_per_step: int | None) -> RenderableType:
     return Group(*_paths_table(plan, tokens_per_step), *_cost_table(plan, tokens_per_step))
 
 
-def comparison_tables(comparison: Comparison) -> RenderableType:
+def comparison_tables(comparisons: Sequence[Comparison]) -> RenderableType:
     """Show quality and cost of every version by paradigm, the matrix version x test set, and what is missing."""
-    parts: list[RenderableType] = []
+    return Group(*(part for comparison in comparisons for part in _comparison(comparison)))
+
+
+def _comparison(comparison: Comparison) -> list[RenderableType]:
+    parts: list[RenderableType] = [Rule(SPLIT_TITLES[comparison.split], align="left", style="none"), Text()]
     if comparison.results:
         parts += _summary_table(comparison)
         names = [version.name for version in comparison.plan.versions]
         for paradigm in comparison.paradigms:
             rows = [result for result in comparison.results if result.paradigm == paradigm]
             parts += _matrix_table(paradigm, rows, names) if rows else []
-        parts.append(Text("(…) text newer than the version. * the best of its version; where several have a star,"))
-        parts.append(Text("the seeds do not tell them apart. Lower is better."))
+        parts.append(Text(_legend(comparison)))
     else:
         parts.append(Text("No version has been released and evaluated yet."))
     for item in comparison.incomplete:
         parts.append(Text(f"{LABELS[item.paradigm]}, {item.path}, seed {item.seed}: {item.status}", style="yellow"))
     parts.append(Text(seeds_note(comparison)))
     parts += [Text(note) for note in [not_run_note(comparison)] if note is not None]
-    return Group(*parts)
+    return [*parts, Text()]
+
+
+def _legend(comparison: Comparison) -> str:
+    legend = "Lower is better. * the best of its version"
+    if len(comparison.seeds) > 1:
+        legend += "; where several have a star, the seeds do not tell them apart"
+    unseen = any(set(result.test_sets) > set(result.trained_on) for result in comparison.results)
+    return f"{legend}. (…) text newer than the version." if unseen else f"{legend}."
 
 
 def _table(columns: Iterable[str], *, names: int, tight: bool = False) -> Table:
@@ -91,17 +107,16 @@ def _cost_table(plan: Plan, tokens_per_step: int | None) -> list[RenderableType]
 
 
 def _summary_table(comparison: Comparison) -> list[RenderableType]:
-    columns = ["version", "paradigm", "all text so far", "newest text", "steps", "of PTFS"]
-    table = _table(columns, names=2)
+    columns = COLUMNS[comparison.split]
+    table = _table(["version", "paradigm", *heads(comparison), "steps", "of PTFS"], names=2)
     for version in comparison.plan.versions:
         results = comparison.results_of(version.name)
-        so_far, newest = ranking(results, "all_so_far"), ranking(results, "newest")
+        rankings = {column: ranking(results, column) for column in columns}
         for index, result in enumerate(results):
             table.add_row(
                 version.name if index == 0 else "",
                 SHORT_LABELS[result.paradigm],
-                _marked(result, so_far, result.all_so_far.perplexity),
-                _marked(result, newest, result.newest.perplexity),
+                *(_marked(result, ranked, spread_of(result, column)) for column, ranked in rankings.items()),
                 f"{result.steps:,}",
                 percent(result.ratio_to_ptfs),
                 end_section=index == len(results) - 1,
@@ -121,8 +136,7 @@ def _matrix_table(paradigm: Paradigm, rows: list[VersionResult], names: list[str
     table = _table(["version", *names], names=1, tight=len(names) > 6)
     for result in rows:
         values = {name: compact(quality.perplexity.mean) for name, quality in result.test_sets.items()}
-        seen = names[: names.index(result.version) + 1]
-        cells = [values.get(name, "–") if name in seen else f"({values.get(name, '–')})" for name in names]
+        cells = [values.get(name, "–") if name in result.trained_on else f"({values.get(name, '–')})" for name in names]
         table.add_row(result.version, *cells)
     return _titled(f"{LABELS[paradigm]}: perplexity on each version’s test text", table)
 

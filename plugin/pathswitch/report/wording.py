@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Literal
 
 from pathswitch.report.collect import Comparison, Quality, Spread, VersionResult
+from pathswitch.report.runs import Split
 from pathswitch.versions import Paradigm
 
 LABELS: dict[Paradigm, str] = {
@@ -28,8 +29,23 @@ MEANINGS: dict[Paradigm, str] = {
 _NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
+SPLIT_TITLES: dict[Split, str] = {"temporal": "Text split by time", "iid": "Text split i.i.d."}
+SPLIT_MEANINGS: dict[Split, str] = {
+    "temporal": "A version’s steps see that version’s text alone, which is newer than the text of the versions before "
+    "it, as in real updates. Text drifts, so there is forgetting: pre-training from scratch, which sees all text so "
+    "far in mixed order, can win on old text, while path switching and continual pre-training, which see the newest "
+    "text last, can win on the newest.",
+    "iid": "Every step of every version draws from one pool, the shuffled text of all versions: the setting of the "
+    "method’s paper. No text is older or newer, so there is nothing to forget; what is compared is what each paradigm "
+    "makes of its steps. Every version is measured on the test text of all versions.",
+}
+
 Column = Literal["all_so_far", "newest"]
-COLUMNS: dict[Column, str] = {"all_so_far": "all text so far", "newest": "the newest text"}
+# With one pool of text for all versions none of it is new.
+COLUMNS: dict[Split, dict[Column, str]] = {
+    "temporal": {"all_so_far": "all text so far", "newest": "the newest text"},
+    "iid": {"all_so_far": "all text"},
+}
 
 
 @dataclass(frozen=True)
@@ -74,9 +90,18 @@ def findings(comparison: Comparison) -> list[str]:
     version = comparison.focus
     if version is None:
         return ["No version has been released and evaluated yet."]
-    results = comparison.results_of(version)
-    sentences = [_verdict(version, ranking(results, column), column) for column in COLUMNS]
-    return [*sentences, *_against_cpt(results)]
+    results, columns = comparison.results_of(version), COLUMNS[comparison.split]
+    sentences = [_verdict(f"{version} on {text}", ranking(results, column), column) for column, text in columns.items()]
+    return [*sentences, *_against_cpt(results, columns["all_so_far"])]
+
+
+def summary(comparison: Comparison) -> str:
+    """Name the best at the last version that can be compared, in one line."""
+    results = comparison.results_of(comparison.focus) if comparison.focus is not None else ()
+    if len(results) < 2:
+        return "no two paradigms have released the same version yet."
+    best = [_leaders(ranking(results, column), text) for column, text in COLUMNS[comparison.split].items()]
+    return f"at {comparison.focus}, {', '.join(best)}."
 
 
 def seeds_note(comparison: Comparison) -> str:
@@ -98,6 +123,11 @@ def not_run_note(comparison: Comparison) -> str | None:
     """Name the paradigms that are missing from the comparison."""
     missing = comparison.not_run
     return f"Not run: {', '.join(LABELS[paradigm] for paradigm in missing)}." if missing else None
+
+
+def heads(comparison: Comparison) -> list[str]:
+    """Name what quality is measured on, for the heads of narrow columns."""
+    return [text.removeprefix("the ") for text in COLUMNS[comparison.split].values()]
 
 
 def percent(ratio: float) -> str:
@@ -166,8 +196,13 @@ def _touch(a: VersionResult, b: VersionResult, column: Column) -> bool:
     return one.low <= other.high and other.low <= one.high
 
 
-def _verdict(version: str, ranked: Ranking, column: Column) -> str:
-    where = f"{version} on {COLUMNS[column]}"
+def _leaders(ranked: Ranking, text: str) -> str:
+    names = " and ".join(LABELS[result.paradigm] for result in ranked.leaders)
+    verb = {0: "every run diverged", 1: f"{names} is best"}
+    return f"{verb.get(len(ranked.leaders), f'{names} are best')} on {text}"
+
+
+def _verdict(where: str, ranked: Ranking, column: Column) -> str:
     if not ranked.ordered:
         return f"{where}: every run diverged."
     names = [LABELS[result.paradigm] for result in ranked.ordered]
@@ -182,7 +217,7 @@ def _verdict(version: str, ranked: Ranking, column: Column) -> str:
     return f"{where}: {names[0]} is best with perplexity {values[0]}, before {', '.join(listed[1:])}."
 
 
-def _against_cpt(results: tuple[VersionResult, ...]) -> list[str]:
+def _against_cpt(results: tuple[VersionResult, ...], text: str) -> list[str]:
     """Weigh path switching against the usual way to update a model, which is cheaper."""
     of = {result.paradigm: result for result in results}
     if "path_switching" not in of or "cpt_rewarm" not in of:
@@ -193,8 +228,8 @@ def _against_cpt(results: tuple[VersionResult, ...]) -> list[str]:
         return []
     change = here / there - 1
     if _touch(ours, theirs, "all_so_far"):
-        quality = "a perplexity on all text so far within the range over seeds"
+        quality = f"a perplexity on {text} within the range over seeds"
     else:
-        quality = f"a perplexity on all text so far {percent(abs(change))} {'lower' if change < 0 else 'higher'}"
+        quality = f"a perplexity on {text} {percent(abs(change))} {'lower' if change < 0 else 'higher'}"
     more = ours.steps / theirs.steps - 1
     return [f"Path switching against {LABELS['cpt_rewarm']}: {quality}, for {percent(more)} more steps."]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from math import exp, inf, log
+from math import exp, log
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,6 @@ from report_runs import plan_text, scored, write_json, write_path, write_run
 from pathswitch.config import build_plan, load_plan_file
 from pathswitch.errors import ConfigError, RunError
 from pathswitch.report.collect import collect, cost_up_to
-from pathswitch.report.runs import Score
 
 MakeRun = Callable[..., Path]
 
@@ -29,7 +28,8 @@ def test_pooled_perplexity_is_the_hand_calculation(make_run: MakeRun) -> None:
     # v2: 1000 tokens at 4 nats and 3000 tokens at 5 nats pool to exp(19000 / 4000), not to a mean of perplexities.
     _evaluate(root, "path_switching/v1", 40, {"v1": (4500.0, 1000, 3500), "v2": (18000.0, 3000, 9000)})
     _evaluate(root, "path_switching/v2", 100, {"v1": (4000.0, 1000, 3500), "v2": (15000.0, 3000, 9000)})
-    first, second = collect([root]).results
+    (comparison,) = collect([root])
+    first, second = comparison.results
     assert first.all_so_far.perplexity.values == pytest.approx([exp(4.5)])
     assert first.newest == first.all_so_far
     assert second.all_so_far.perplexity.values == pytest.approx([exp(4.75)])
@@ -41,7 +41,7 @@ def test_pooled_perplexity_is_the_hand_calculation(make_run: MakeRun) -> None:
 
 
 def test_cost_counts_versions_up_to_each_one(make_run: MakeRun) -> None:
-    comparison = collect([make_run(steps=(200, 200, 200, 200))])
+    (comparison,) = collect([make_run(steps=(200, 200, 200, 200))])
     steps = {(r.paradigm, r.version): (r.steps, r.ratio_to_ptfs) for r in comparison.results}
     assert [steps["path_switching", f"v{v}"][0] for v in (1, 2, 3, 4)] == [200, 520, 840, 1160]
     assert steps["path_switching", "v4"][1] == pytest.approx(0.58)
@@ -67,7 +67,7 @@ def test_seeds_are_aggregated_and_paradigms_joined(tmp_path: Path) -> None:
         _evaluate(
             root, "path_switching/v1", 40, {"v1": (nats * 20_000, 20_000, 70_000), "v2": (90_000, 20_000, 70_000)}
         )
-    comparison = collect([two, one, ptfs])
+    (comparison,) = collect([two, one, ptfs])
     assert comparison.seeds == (1, 7)
     assert comparison.paradigms == ("path_switching", "ptfs")
     assert comparison.seeds_of("ptfs") == (1,)
@@ -83,15 +83,18 @@ def test_seeds_are_aggregated_and_paradigms_joined(tmp_path: Path) -> None:
     ("change", "named"),
     [
         ({"max_lr": 1e-3}, "[schedule] max_lr = 0.001"),
-        ({"split": "iid"}, "[data] split = 'iid'"),
         ({"train": "other.txt"}, "[[versions]] number 1 train"),
         ({"steps": (40, 50)}, "[[versions]] number 2 steps = 50"),
         ({"steps": (40, 60, 60)}, "the number of [[versions]] = 3"),
     ],
 )
-def test_folders_of_different_plans_are_refused(tmp_path: Path, change: dict[str, object], named: str) -> None:
+@pytest.mark.parametrize("split", ["temporal", "iid"])
+def test_folders_of_different_plans_are_refused(
+    tmp_path: Path, change: dict[str, object], named: str, split: str
+) -> None:
     one = write_run(tmp_path / "a", plan_text((40, 60)), ["ptfs"])
-    two = write_run(tmp_path / "b", plan_text(**{"steps": (40, 60), "seed": 2} | change), ["ptfs"], seed=2)  # type: ignore[arg-type]
+    other = plan_text(**{"steps": (40, 60), "seed": 2, "split": split} | change)  # type: ignore[arg-type]
+    two = write_run(tmp_path / "b", other, ["ptfs"], seed=2)
     with pytest.raises(RunError) as caught:
         collect([one, two])
     assert named in str(caught.value)
@@ -102,6 +105,52 @@ def test_the_same_paradigm_and_seed_twice_is_refused(make_run: MakeRun) -> None:
     root = make_run(steps=(40, 60), paradigms=["ptfs"])
     with pytest.raises(RunError, match=r"ptfs with seed 1.*each paradigm and seed once"):
         collect([root, root])
+
+
+def test_folders_are_grouped_by_split_temporal_first(make_run: MakeRun) -> None:
+    iid, temporal, more = (
+        make_run(name, (40, 60), split=name[:-1], seed=seed, paradigms=["ptfs"])
+        for name, seed in (("iid1", 1), ("temporal1", 1), ("temporal2", 2))
+    )
+    first, second = collect([iid, temporal, more])
+    assert (first.split, [folder.folder for folder in first.folders]) == ("temporal", [temporal, more])
+    assert (second.split, [folder.folder for folder in second.folders]) == ("iid", [iid])
+    assert first.results[0].seeds == (1, 2) and second.results[0].seeds == (1,)
+
+
+def test_a_version_that_drew_from_one_pool_is_measured_on_all_text(make_run: MakeRun) -> None:
+    root = make_run(steps=(40, 60), split="iid", paradigms=["ptfs"])
+    _evaluate(root, "ptfs/v1", 40, {"v1": (4500.0, 1000, 3500), "v2": (18000.0, 3000, 9000)})
+    _evaluate(root, "ptfs/v2", 100, {"v1": (4000.0, 1000, 3500), "v2": (15000.0, 3000, 9000)})
+    (comparison,) = collect([root])
+    values = [result.all_so_far.perplexity.mean for result in comparison.results]
+    assert values == pytest.approx([exp(22500 / 4000), exp(19000 / 4000)])
+    _evaluate(root, "ptfs/v1", 40, {"v1": (4500.0, 1000, 3500)})
+    with pytest.raises(RunError, match="'v2' is missing"):
+        collect([root])
+
+
+def test_how_often_a_run_is_saved_does_not_matter(tmp_path: Path) -> None:
+    often = plan_text((40, 60), seed=2).replace("[train]", "[train]\nsave_every_steps = 7")
+    one = write_run(tmp_path / "a", plan_text((40, 60)), ["ptfs"])
+    two = write_run(tmp_path / "b", often, ["ptfs"], seed=2)
+    (comparison,) = collect([one, two])
+    assert comparison.seeds == (1, 2)
+
+
+def test_a_plan_without_a_split_is_refused(make_run: MakeRun) -> None:
+    root = make_run(steps=(40,), paradigms=[])
+    text = (root / "plan.toml").read_text()
+    (root / "plan.toml").write_text(text[: text.index("[data]")] + text[text.index("[train]") :], encoding="utf-8")
+    with pytest.raises(RunError, match=r"plan\.toml: \[data\] is missing"):
+        collect([root])
+
+
+def test_splits_that_were_scored_on_different_text_are_refused(make_run: MakeRun) -> None:
+    temporal, iid = (make_run(split, (40,), split=split, paradigms=["ptfs"]) for split in ("temporal", "iid"))
+    _evaluate(iid, "ptfs/v1", 40, {"v1": (4500.0, 1000, 3500)})
+    with pytest.raises(RunError, match="1000 tokens in 3500 bytes; allowed: 20000 in 70000"):
+        collect([temporal, iid])
 
 
 def test_no_folder_and_no_run_folder_are_refused(tmp_path: Path) -> None:
@@ -124,7 +173,7 @@ def test_incomplete_paths_are_listed_and_left_out(make_run: MakeRun) -> None:
     write_path(root, plan, plan.path("v2"), done_share=0.5)
     shutil.rmtree(root / "cpt_rewarm/v3")
     (root / "path_switching/v3/evaluation.json").unlink()
-    comparison = collect([root])
+    (comparison,) = collect([root])
     listed = {(i.paradigm, i.path): i.status for i in comparison.incomplete}
     assert listed == {
         ("path_switching", "v2"): "not complete (18 of 36 steps)",
@@ -138,7 +187,7 @@ def test_incomplete_paths_are_listed_and_left_out(make_run: MakeRun) -> None:
 def test_an_evaluation_without_a_completion_record_does_not_count(make_run: MakeRun) -> None:
     root = make_run(steps=(40, 60), paradigms=["ptfs"])
     (root / "ptfs/v2/done.json").unlink()
-    comparison = collect([root])
+    (comparison,) = collect([root])
     assert [r.version for r in comparison.results] == ["v1"]
     assert [(i.path, i.done_steps, i.trained) for i in comparison.incomplete] == [("v2", 100, False)]
 
@@ -148,7 +197,8 @@ def test_a_line_that_is_being_written_is_not_an_update_yet_but_a_broken_one_is_a
     (root / "ptfs/v2/done.json").unlink()
     metrics = root / "ptfs/v2/metrics.jsonl"
     metrics.write_text('{"step": 0, "loss": 6.0}\n{"step": 1, "lo', encoding="utf-8")
-    assert collect([root]).incomplete[0].done_steps == 1
+    (comparison,) = collect([root])
+    assert comparison.incomplete[0].done_steps == 1
     metrics.write_text('{"step": 0, "loss": 6.0}\n{"step": 1, "lo\n', encoding="utf-8")
     with pytest.raises(RunError, match=r"metrics\.jsonl, line 2"):
         collect([root])
@@ -157,7 +207,7 @@ def test_a_line_that_is_being_written_is_not_an_update_yet_but_a_broken_one_is_a
 def test_a_version_added_to_the_plan_leaves_earlier_results_standing(make_run: MakeRun) -> None:
     root = make_run(steps=(40, 60), paradigms=["path_switching"])
     (root / "plan.toml").write_text(plan_text((40, 60, 80)), encoding="utf-8")
-    comparison = collect([root])
+    (comparison,) = collect([root])
     assert [list(r.test_sets) for r in comparison.results] == [["v1", "v2"], ["v1", "v2"]]
     assert [(i.path, i.done_steps, i.steps) for i in comparison.incomplete] == [("main", 64, 132), ("v3", 0, 48)]
 
@@ -188,47 +238,3 @@ def test_evaluations_that_cannot_be_compared_are_refused(make_run: MakeRun) -> N
     write_json(root / "path_switching/v2/evaluation.json", {"step": 100, "test_sets": sets})
     with pytest.raises(RunError, match=r"has perplexity 54\.59"):
         collect([root])
-
-
-def test_json_is_strict_json_with_stable_keys(make_run: MakeRun) -> None:
-    root = make_run(steps=(40, 60), paradigms=["path_switching", "wsd_s"])
-    content = json.loads(json.dumps(collect([root]).to_json(), allow_nan=False))
-    assert list(content) == [
-        "format",
-        "split",
-        "seeds",
-        "tokens_per_step",
-        "versions",
-        "paradigms",
-        "results",
-        "incomplete",
-        "runs",
-    ]
-    assert content["paradigms"]["ptfs"] == {"run": False, "steps": 140, "tokens": 140 * 2048, "ratio_to_ptfs": 1.0}
-    assert content["versions"][1] == {"name": "v2", "steps": 60, "fork_step": 64, "decay_steps": 36, "end_step": 100}
-    result = content["results"][0]
-    assert list(result) == [
-        "paradigm",
-        "version",
-        "seeds",
-        "steps",
-        "ratio_to_ptfs",
-        "all_so_far",
-        "newest",
-        "test_sets",
-    ]
-    assert list(result["newest"]) == ["perplexity", "bits_per_byte"]
-    assert list(result["newest"]["perplexity"]) == ["mean", "min", "max", "values"]
-    assert content["runs"][0]["environment"]["cores"] == 2
-
-
-def test_a_diverged_run_is_null_in_json_and_does_not_overflow(make_run: MakeRun) -> None:
-    root = make_run(steps=(40, 60), paradigms=["path_switching"])
-    sets = {
-        name: scored(4.0 * 20_000) | {"nll_nats": float("nan"), "perplexity": float("nan")} for name in ("v1", "v2")
-    }
-    write_json(root / "path_switching/v2/evaluation.json", {"step": 100, "test_sets": sets})
-    content = collect([root]).to_json()
-    json.dumps(content, allow_nan=False)
-    assert content["results"][1]["newest"]["perplexity"]["mean"] is None
-    assert Score(1e9, 10, 10).perplexity == inf

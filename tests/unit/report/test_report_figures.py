@@ -51,7 +51,7 @@ def test_lr_axis_has_no_offset_and_tokens_only_when_known(tmp_path: Path) -> Non
 
 
 def test_the_same_input_gives_the_same_bytes(make_run: MakeRun, tmp_path: Path) -> None:
-    comparison = collect([make_run(steps=(40, 60))])
+    (comparison,) = collect([make_run(steps=(40, 60))])
     for draw in (plots.loss_curves, plots.quality_cost, plots.perplexity_matrix):
         one, two = tmp_path / "one.svg", tmp_path / "two.svg"
         draw(comparison, one)
@@ -61,13 +61,22 @@ def test_the_same_input_gives_the_same_bytes(make_run: MakeRun, tmp_path: Path) 
 
 
 def test_matrix_hatches_exactly_the_text_of_later_versions(make_run: MakeRun, tmp_path: Path) -> None:
-    comparison = collect([make_run(steps=(40, 60, 40), paradigms=["ptfs"])])
+    (comparison,) = collect([make_run(steps=(40, 60, 40), paradigms=["ptfs"])])
     plots.perplexity_matrix(comparison, tmp_path / "matrix.svg")
     assert len(re.findall(r"fill: url\(#", (tmp_path / "matrix.svg").read_text())) == 3
 
 
+def test_one_pool_of_text_has_no_newest_text_and_no_hatching(make_run: MakeRun, tmp_path: Path) -> None:
+    (comparison,) = collect([make_run(steps=(40, 60, 40), split="iid", paradigms=["ptfs", "wsd_s"])])
+    plots.perplexity_matrix(comparison, tmp_path / "matrix.svg")
+    assert not re.findall(r"fill: url\(#", (tmp_path / "matrix.svg").read_text())
+    plots.quality_cost(comparison, tmp_path / "quality.svg")
+    titles = [text for text in _texts(tmp_path / "quality.svg") if text.startswith("v3 on")]
+    assert titles == ["v3 on all text"]
+
+
 def test_what_cannot_be_drawn_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
-    empty = collect([make_run(steps=(40, 60), paradigms=[])])
+    (empty,) = collect([make_run(steps=(40, 60), paradigms=[])])
     for draw in (plots.loss_curves, plots.quality_cost, plots.perplexity_matrix):
         with pytest.raises(PathSwitchError, match=r"no version has been|no update of any path"):
             draw(empty, tmp_path / "x.svg")

@@ -60,6 +60,13 @@ def _page(roots: list[Path], out: Path) -> tuple[str, Page]:
 def test_the_page_is_whole_and_needs_nothing_else(make_run: MakeRun, tmp_path: Path) -> None:
     text, page = _page([make_run(steps=(40, 60))], tmp_path / "out/report.html")
     assert page.tags["svg"] == 4
+    _check_self_contained(text, page)
+    figures = sorted(file.name for file in (tmp_path / "out/figures").iterdir())
+    names = ["loss-curves", "lr-paths", "perplexity-matrix", "quality-cost"]
+    assert figures == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
+
+
+def _check_self_contained(text: str, page: Page) -> None:
     assert page.tags["script"] == page.tags["link"] == page.tags["img"] == 0
     assert not re.search(r"https?:|@import|//[a-z]", text)
     for name, value in page.attributes:
@@ -68,9 +75,57 @@ def test_the_page_is_whole_and_needs_nothing_else(make_run: MakeRun, tmp_path: P
     for reference in re.findall(r"url\(#([^)]+)\)", text):
         assert page.ids[reference] == 1
     assert [name for name, count in page.ids.items() if count > 1] == []
-    figures = sorted(file.name for file in (tmp_path / "out/figures").iterdir())
-    names = ["loss-curves", "lr-paths", "perplexity-matrix", "quality-cost"]
-    assert figures == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
+
+
+def test_two_splits_share_the_page(make_run: MakeRun, tmp_path: Path) -> None:
+    roots = [
+        make_run("iid run", (40, 60), split="iid", paradigms=["path_switching", "ptfs"]),
+        make_run("temporal run", (40, 60), seed=2, paradigms=["path_switching", "cpt_rewarm"]),
+    ]
+    text, page = _page(roots, tmp_path / "report.html")
+    _check_self_contained(text, page)
+    names = ["loss-curves", "perplexity-matrix", "quality-cost"]
+    figures = {"lr-paths", *(f"{name}-{split}" for name in names for split in ("temporal", "iid"))}
+    assert {file.name for file in (tmp_path / "figures").iterdir()} == {
+        f"{n}.{k}" for n in figures for k in ("svg", "png")
+    }
+    assert {name for name in page.ids if name.startswith("caption-")} == {f"caption-{name}" for name in figures}
+    top, by_time, iid, rest = _parts(text)
+    assert "at v2, path switching is best on all text so far, path switching is best on the newest text." in top
+    assert "v2 on the newest text: path switching is best" in by_time and "One seed (2)" in by_time
+    assert "there is forgetting" in by_time and "so there is forgetting" not in iid
+    assert "v2 on all text: path switching is best" in iid and "One seed (1)" in iid
+    assert "newest text" not in iid and "Hatched" not in iid
+    assert "CPT re-warmed" in by_time and "Not run: CPT re-warmed" in iid
+    assert "RUN_TEMPORAL" not in text
+    for once in ("<h2>Plan</h2>", "<h2>The paths</h2>", "what it does</th>"):
+        assert text.count(once) == 1
+    assert "run (temporal)" in rest and "run (iid)" in rest and "run (temporal, iid)" in rest
+
+
+def _parts(text: str) -> list[str]:
+    """Split a page of two views before each view and behind the second."""
+    return re.split(r'<section class="view" id="(?:temporal|iid)">|<h2>How to read this</h2>', text)
+
+
+@pytest.mark.parametrize(("split", "other"), [("temporal", "iid"), ("iid", "temporal")])
+def test_a_page_of_one_split_says_how_to_make_the_other_view(
+    make_run: MakeRun, tmp_path: Path, split: str, other: str
+) -> None:
+    text, page = _page([make_run(steps=(40,), split=split, paradigms=["ptfs"])], tmp_path / "report.html")
+    assert f'set split = "{other}" in [data], run with another --out, and give both folders' in page.text
+    assert 'class="view"' not in text
+    assert ("so there is forgetting" in page.text) == (split == "temporal")
+    assert ("newest text" in page.text) == (split == "temporal")
+
+
+def test_commands_name_the_plan_of_each_split(make_run: MakeRun) -> None:
+    temporal, iid = (make_run(split, (40,), split=split, paradigms=["ptfs"]) for split in ("temporal", "iid"))
+    assert reproduce_commands(collect([iid, temporal]))[1:] == [
+        f"pathswitch run plan-temporal.toml --out {temporal} --paradigm ptfs --seed 1",
+        f"pathswitch run plan-iid.toml --out {iid} --paradigm ptfs --seed 1",
+        f"pathswitch report {temporal} {iid}",
+    ]
 
 
 def test_the_page_says_what_was_found(make_run: MakeRun, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +88,40 @@ def test_incomplete_paths_and_paradigms_not_run_are_named(make_run: MakeRun) -> 
     assert "Not run: path switching, CPT re-warmed, CPT at the floor LR, WSD-S." in text
 
 
+def test_each_split_has_its_heading_and_its_columns(make_run: MakeRun) -> None:
+    roots = [make_run(split, (40, 60), split=split) for split in ("iid", "temporal")]
+    lines = _printed(comparison_tables(collect(roots)))
+    by_time, iid = (
+        next(i for i, x in enumerate(lines) if x.startswith(f"Text split {y}")) for y in ("by time", "i.i.d.")
+    )
+    assert by_time == 0 < iid
+    assert any("all text so far   newest text" in line for line in lines[:iid])
+    assert not any("newest" in line or "(…)" in line or "so far" in line for line in lines[iid:])
+    # What is in brackets is text of a kind that the version has not seen.
+    assert any(re.match(r" v\d.*\(\d", line) for line in lines[:iid])
+    assert not any(re.match(r" v\d.*\(\d", line) for line in lines[iid:])
+
+
+def test_every_paradigm_has_a_row_at_every_version(make_run: MakeRun) -> None:
+    lines = _printed(comparison_tables(collect([make_run(steps=(40, 60))])))
+    begin, end = (
+        next(i for i, x in enumerate(lines) if word in x) for word in ("Perplexity, and", "each version’s test")
+    )
+    rows = [line[10:].split("  ")[0].strip() for line in lines[begin + 4 : end] if line.strip()]
+    assert rows == list(wording.SHORT_LABELS.values()) * 2
+
+
+def test_notes_are_paragraphs(tmp_path: Path) -> None:
+    lines = _printed(comparison_tables(collect(_two_seeds(tmp_path, (4.0, 4.2), (4.1, 4.3)))))
+    first = next(i for i, x in enumerate(lines) if x.startswith("Lower is better."))
+    assert lines[first : first + 2] == [
+        "Lower is better. * the best of its version; where several have a star, the seeds",
+        "do not tell them apart.",
+    ]
+    wide = _printed(comparison_tables(collect(_two_seeds(tmp_path / "b", (4.0, 4.2), (4.1, 4.3)))), width=200)
+    assert any(x.startswith("Lower") and x.endswith("do not tell them apart.") for x in wide)
+
+
 def _two_seeds(tmp_path: Path, ours: tuple[float, float], theirs: tuple[float, float]) -> list[Path]:
     roots = []
     for seed, our_nats, their_nats in zip((1, 2), ours, theirs, strict=True):
@@ -101,13 +136,13 @@ def _two_seeds(tmp_path: Path, ours: tuple[float, float], theirs: tuple[float, f
 
 
 def test_the_verdict_follows_the_numbers_whoever_wins(tmp_path: Path) -> None:
-    better = wording.findings(collect(_two_seeds(tmp_path, (4.0, 4.1), (4.3, 4.4))))
+    better = wording.findings(*collect(_two_seeds(tmp_path, (4.0, 4.1), (4.3, 4.4))))
     assert better[0].startswith("v1 on all text so far: path switching is best with perplexity 57.5")
     assert "lower, for 0.0 % more steps" in better[2]
-    worse = wording.findings(collect(_two_seeds(tmp_path, (4.3, 4.4), (4.0, 4.1))))
+    worse = wording.findings(*collect(_two_seeds(tmp_path, (4.3, 4.4), (4.0, 4.1))))
     assert worse[0].startswith("v1 on all text so far: CPT re-warmed is best with perplexity 57.5")
     assert "higher" in worse[2]
-    equal = wording.findings(collect(_two_seeds(tmp_path, (4.0, 4.2), (4.1, 4.3))))
+    equal = wording.findings(*collect(_two_seeds(tmp_path, (4.0, 4.2), (4.1, 4.3))))
     assert "cannot be told apart within the range over seeds" in equal[0]
     assert "within the range over seeds" in equal[2]
 
@@ -121,9 +156,9 @@ def test_overlapping_seeds_share_the_star(tmp_path: Path) -> None:
 
 
 def test_headline_is_a_fact_of_the_plan(make_run: MakeRun) -> None:
-    comparison = collect([make_run(paradigms=["cpt_rewarm"])])
+    (comparison,) = collect([make_run(paradigms=["cpt_rewarm"])])
     assert wording.headline(comparison).startswith("Four versions by path switching: 58.0 % of pre-training")
-    assert wording.headline(collect([make_run("one", (40,))])).startswith("One version by path switching: 100.0 %")
+    assert wording.headline(*collect([make_run("one", (40,))])).startswith("One version by path switching: 100.0 %")
 
 
 @pytest.mark.parametrize(
