@@ -15,17 +15,18 @@ PACKAGE = ROOT / "plugin" / "pathswitch"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "atomic": set(),
+    "score": set(),
     "schedule": {"errors"},
     "versions": {"errors", "schedule"},
     "config": {"errors", "schedule", "versions"},
     "data": {"errors", "atomic"},
     "run_folder": {"errors", "atomic", "config", "versions"},
     "integrations": {"errors", "schedule", "versions", "config"},
-    "trainer": {"errors", "atomic", "config", "versions", "run_folder", "data", "integrations"},
+    "trainer": {"errors", "atomic", "config", "versions", "run_folder", "data", "integrations", "score"},
     "launch": {"errors", "config", "versions", "run_folder"},
-    "report": {"errors", "atomic", "config", "schedule", "versions"},
+    "report": {"errors", "atomic", "config", "schedule", "versions", "run_folder", "score"},
 }
-STDLIB_ONLY = ("errors", "atomic", "schedule", "versions")
+STDLIB_ONLY = ("errors", "atomic", "score", "schedule", "versions")
 # Optional or heavy packages are imported by these files alone.
 OWNERS = {
     "deepspeed": {"integrations/deepspeed.py", "trainer/engine.py"},

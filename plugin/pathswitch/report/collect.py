@@ -10,7 +10,8 @@ from typing import Any
 
 from pathswitch.config import PlanFile
 from pathswitch.errors import RunError
-from pathswitch.report.runs import PathRun, RunFolder, Score, Split, read_run_folder, trained_on
+from pathswitch.report.runs import PathRun, Run, Split, read_run, trained_on
+from pathswitch.score import Score
 from pathswitch.versions import PARADIGMS, Cost, Paradigm, Plan
 
 # The order in which comparisons stand: as text comes in reality, then as in the paper.
@@ -96,7 +97,7 @@ class Incomplete:
 class Comparison:
     """All that a report shows of the runs of one split."""
 
-    folders: tuple[RunFolder, ...]
+    folders: tuple[Run, ...]
     results: tuple[VersionResult, ...]
     incomplete: tuple[Incomplete, ...]
 
@@ -161,7 +162,7 @@ def collect(folders: Sequence[FilePath]) -> tuple[Comparison, ...]:
     """
     if not folders:
         raise RunError("report: given no run folder; allowed: at least one")
-    read = tuple(read_run_folder(folder) for folder in folders)
+    read = tuple(read_run(folder) for folder in folders)
     if not read[0].plan.versions:
         raise RunError(f"{read[0].folder / 'plan.toml'}: given no [[versions]]; allowed: at least one to report on")
     for other in read[1:]:
@@ -176,7 +177,7 @@ def cost_up_to(plan: Plan, n_versions: int) -> Cost:
     return replace(plan, versions=plan.versions[:n_versions]).cost
 
 
-def _comparison(read: tuple[RunFolder, ...]) -> Comparison:
+def _comparison(read: tuple[Run, ...]) -> Comparison:
     _check_disjoint(read)
     paradigms = [p for p in PARADIGMS if any(p in folder.runs for folder in read)]
     rows = [_result(read, p, index) for index in range(len(read[0].plan.versions)) for p in paradigms]
@@ -194,7 +195,7 @@ def _finished(run: PathRun) -> bool:
     return run.complete and (run.path.release is None or run.test_sets is not None)
 
 
-def _result(folders: tuple[RunFolder, ...], paradigm: Paradigm, index: int) -> VersionResult | None:
+def _result(folders: tuple[Run, ...], paradigm: Paradigm, index: int) -> VersionResult | None:
     plan = folders[0].plan
     version = plan.versions[index].name
     of_seed = {
@@ -228,7 +229,7 @@ def _quality(scores: list[Score]) -> Quality:
     return Quality(Spread(tuple(s.perplexity for s in scores)), Spread(tuple(s.bits_per_byte for s in scores)))
 
 
-def _check_same_plan(first: RunFolder, other: RunFolder) -> None:
+def _check_same_plan(first: Run, other: Run) -> None:
     ours, theirs = (folder.plan_file.model_dump() for folder in (first, other))
     for plan in (ours, theirs):
         for section, key in FREE_SETTINGS:
@@ -260,7 +261,7 @@ def _difference(ours: Any, theirs: Any, where: str) -> tuple[str, Any, Any] | No
     return next((difference for difference in found if difference is not None), None)
 
 
-def _check_disjoint(folders: tuple[RunFolder, ...]) -> None:
+def _check_disjoint(folders: tuple[Run, ...]) -> None:
     holder: dict[tuple[Paradigm, int], FilePath] = {}
     for folder in folders:
         for paradigm in folder.runs:
@@ -273,7 +274,7 @@ def _check_disjoint(folders: tuple[RunFolder, ...]) -> None:
             holder[key] = folder.folder
 
 
-def _check_same_text(folders: tuple[RunFolder, ...]) -> None:
+def _check_same_text(folders: tuple[Run, ...]) -> None:
     """Refuse to compare models of one seed that were scored on different text, or in different tokens."""
     sizes: dict[tuple[int, str], tuple[int, int]] = {}
     for folder in folders:

@@ -14,7 +14,7 @@ from pathswitch.atomic import write_text_atomic
 from pathswitch.errors import PathSwitchError
 from pathswitch.report import plots, wording
 from pathswitch.report.collect import Comparison, Quality, Spread, VersionResult, collect
-from pathswitch.report.runs import RunFolder
+from pathswitch.report.runs import Run
 from pathswitch.report.style import BAND, COLOURS, DARK, INK, LINE, MUTED, PAPER
 from pathswitch.versions import PARADIGMS
 
@@ -115,7 +115,7 @@ def reproduce_commands(comparisons: Sequence[Comparison]) -> list[str]:
     return ["pip install 'pathswitch[report]'", *trained, shlex.join(report)]
 
 
-def _folders(comparisons: Sequence[Comparison]) -> list[RunFolder]:
+def _folders(comparisons: Sequence[Comparison]) -> list[Run]:
     return [folder for comparison in comparisons for folder in comparison.folders]
 
 
@@ -228,7 +228,7 @@ def _tokens(comparison: Comparison, steps: int) -> str:
     return "–" if comparison.tokens_per_step is None else wording.tokens(steps * comparison.tokens_per_step)
 
 
-def _environments(folders: Sequence[RunFolder]) -> list[tuple[list[str], dict[str, Any]]]:
+def _environments(folders: Sequence[Run]) -> list[tuple[list[str], dict[str, Any]]]:
     """Return each environment once, with the folders that were trained in it."""
     grouped: list[tuple[list[str], dict[str, Any]]] = []
     for folder in folders:

@@ -3,48 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from math import exp, inf, isclose, isfinite, log
+from math import isclose, isfinite
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
 from pathswitch.config import PlanFile, build_plan, load_plan_file
 from pathswitch.errors import RunError
+from pathswitch.run_folder import FORMAT, PLAN_FILE, RUN_FILE, PathFolder
+from pathswitch.score import Score
 from pathswitch.versions import PARADIGMS, Paradigm, Path, Plan
 
 Split = Literal["temporal", "iid"]
-
-RUN_FORMAT = 1
-# exp() of a larger mean loss overflows: such a model knows nothing, and its perplexity reads "inf".
-LARGEST_EXPONENT = 700.0
-
-
-@dataclass(frozen=True)
-class Score:
-    """What one model made of some text: total negative log-likelihood in nats, tokens, UTF-8 bytes."""
-
-    nll_nats: float
-    tokens: int
-    n_bytes: int
-
-    @classmethod
-    def pooled(cls, scores: Iterable[Score]) -> Score:
-        """Add up: the score of all the texts together."""
-        scores = tuple(scores)
-        return cls(sum(s.nll_nats for s in scores), sum(s.tokens for s in scores), sum(s.n_bytes for s in scores))
-
-    @property
-    def perplexity(self) -> float:
-        """Return exp(nll / tokens)."""
-        mean = self.nll_nats / self.tokens
-        return inf if mean > LARGEST_EXPONENT else exp(mean)
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Return nll / ln 2 / bytes, which compares across tokenizers."""
-        return self.nll_nats / log(2) / self.n_bytes
 
 
 @dataclass(frozen=True)
@@ -61,7 +33,7 @@ class PathRun:
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class Run:
     """One run folder: one plan, one seed, one or more paradigms."""
 
     folder: FilePath
@@ -77,38 +49,40 @@ class RunFolder:
     @cached_property
     def plan(self) -> Plan:
         """The plan, resolved into paths."""
-        return build_plan(self.plan_file, str(self.folder / "plan.toml"))
+        return build_plan(self.plan_file, str(self.folder / PLAN_FILE))
 
 
-def read_run_folder(folder: FilePath) -> RunFolder:
+def read_run(folder: FilePath) -> Run:
     """Read one run folder; a paradigm counts as run when its folder is there.
 
     Raises:
         RunError: a file is missing, is not what the trainer writes, or disagrees with the plan.
         ConfigError: the folder's plan cannot be loaded.
     """
-    record_file = folder / "run.json"
+    record_file = folder / RUN_FILE
     record = _load(record_file)
-    if record.get("format") != RUN_FORMAT:
-        raise RunError(f"{record_file}: given format {record.get('format')!r}; allowed: {RUN_FORMAT}")
-    plan_file = load_plan_file(folder / "plan.toml")
+    if record.get("format") != FORMAT:
+        raise RunError(f"{record_file}: given format {record.get('format')!r}; allowed: {FORMAT}")
+    plan_file = load_plan_file(folder / PLAN_FILE)
     if plan_file.data is None:
         raise RunError(f"{folder / 'plan.toml'}: [data] is missing; allowed: a plan that says how its text is split")
     split = plan_file.data.split
-    plan = build_plan(plan_file, str(folder / "plan.toml"))
+    plan = build_plan(plan_file, str(folder / PLAN_FILE))
     runs = {
-        paradigm: tuple(_path_run(folder / paradigm / path.name, path, plan, split) for path in plan.paths(paradigm))
+        paradigm: tuple(
+            _path_run(PathFolder(folder / paradigm / path.name), path, plan, split) for path in plan.paths(paradigm)
+        )
         for paradigm in PARADIGMS
         if (folder / paradigm).is_dir()
     }
-    return RunFolder(
+    return Run(
         folder=folder,
         seed=_field(record, "seed", record_file),
         ranks=_field(record, "ranks", record_file),
         environment=_field(record, "environment", record_file),
         split=split,
         plan_file=plan_file,
-        plan_text=(folder / "plan.toml").read_text(encoding="utf-8"),
+        plan_text=(folder / PLAN_FILE).read_text(encoding="utf-8"),
         runs=runs,
     )
 
@@ -120,11 +94,11 @@ def trained_on(plan: Plan, split: Split, version: str) -> tuple[str, ...]:
 
 
 def _path_run(folder: FilePath, path: Path, plan: Plan, split: Split) -> PathRun:
-    losses = dict(sorted(_updates(folder / "metrics.jsonl")))
-    complete = _is_complete(folder / "done.json", path)
-    evaluation = folder / "evaluation.json"
-    scored = path.release is not None and evaluation.is_file()
-    return PathRun(path, losses, complete, _test_sets(evaluation, path, plan, split) if scored else None)
+    files = PathFolder(folder / path.name)
+    losses = dict(sorted(_updates(files.metrics)))
+    complete = _is_complete(files.completion, path)
+    scored = path.release is not None and files.evaluation.is_file()
+    return PathRun(path, losses, complete, _test_sets(files.evaluation, path, plan, split) if scored else None)
 
 
 def _updates(file: FilePath) -> Iterator[tuple[int, float]]:

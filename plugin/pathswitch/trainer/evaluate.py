@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -12,39 +10,10 @@ import torch
 from torch import Tensor
 
 from pathswitch.errors import ConfigError
+from pathswitch.score import Score
 from pathswitch.trainer.llama import IGNORED, Llama
 
 Tokens = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """What a model scored on one test set."""
-
-    nll_nats: float
-    """Sum of the negative log-likelihood over the scored tokens."""
-    tokens: int
-    """Scored tokens: targets that are not IGNORED."""
-    n_bytes: int
-    """UTF-8 bytes of the text that the scored tokens spell."""
-
-    @property
-    def perplexity(self) -> float:
-        """exp(nll / tokens)."""
-        return math.exp(self.nll_nats / self.tokens)
-
-    @property
-    def bits_per_byte(self) -> float:
-        """nll / (ln 2 * bytes): unlike perplexity, comparable between tokenizers."""
-        return self.nll_nats / (math.log(2) * self.n_bytes)
-
-
-def pooled(results: Iterable[EvalResult]) -> float:
-    """Perplexity over several test sets as if they were one: exp(total nll / total tokens)."""
-    parts = list(results)
-    if not parts:
-        raise ConfigError("pooled test sets", given=parts, allowed="at least one result")
-    return math.exp(math.fsum(part.nll_nats for part in parts) / sum(part.tokens for part in parts))
 
 
 def evaluate(
@@ -56,7 +25,7 @@ def evaluate(
     rank: int,
     world_size: int,
     all_reduce: Callable[[Tensor], None],
-) -> EvalResult:
+) -> Score:
     """Score (inputs, targets), int64 [n, L] each, and return on every rank the result over all n windows.
 
     Collective: every rank calls it with the same windows. ``all_reduce`` sums a float64 tensor over the ranks in
@@ -84,7 +53,7 @@ def evaluate(
     finally:
         model.train(was_training)
     all_reduce(total)
-    return EvalResult(nll_nats=total[0].item(), tokens=int(total[1].item()), n_bytes=n_bytes)
+    return Score(nll_nats=total[0].item(), tokens=int(total[1].item()), n_bytes=n_bytes)
 
 
 def _check(inputs: Tokens, targets: Tokens, *, n_bytes: int, batch_size: int) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pathswitch.errors import ConfigError
-from pathswitch.trainer.evaluate import EvalResult, Tokens, evaluate, pooled
+from pathswitch.score import Score
+from pathswitch.trainer.evaluate import Tokens, evaluate
 from pathswitch.trainer.llama import IGNORED, Llama, LlamaConfig
 
 CONFIG = LlamaConfig(
@@ -36,12 +37,12 @@ def no_reduce(_: torch.Tensor) -> None:
 
 def on_ranks(
     model: Llama, windows: tuple[Tokens, Tokens], *, world_size: int, batch_size: int
-) -> tuple[list[EvalResult], list[int]]:
+) -> tuple[list[Score], list[int]]:
     """Run every rank in turn, twice: to learn the parts, then with their sum; return results and forward calls."""
     parts: list[torch.Tensor] = []
     calls: list[int] = []
 
-    def run(rank: int, all_reduce: Callable[[torch.Tensor], None]) -> EvalResult:
+    def run(rank: int, all_reduce: Callable[[torch.Tensor], None]) -> Score:
         return evaluate(
             model,
             windows,
@@ -124,11 +125,9 @@ def test_training_goes_on_after_an_evaluation(model: Llama, windows: tuple[Token
 
 
 def test_pooled_weighs_by_tokens() -> None:
-    small, large = EvalResult(nll_nats=8.0, tokens=2, n_bytes=9), EvalResult(nll_nats=10.0, tokens=10, n_bytes=40)
-    assert pooled([small, large]) == pytest.approx(math.exp(18 / 12))
-    assert pooled([small]) == small.perplexity
-    with pytest.raises(ConfigError, match="at least one result"):
-        pooled([])
+    small, large = Score(nll_nats=8.0, tokens=2, n_bytes=9), Score(nll_nats=10.0, tokens=10, n_bytes=40)
+    assert Score.pooled([small, large]).perplexity == pytest.approx(math.exp(18 / 12))
+    assert Score.pooled([small]) == small
 
 
 @pytest.mark.parametrize(
