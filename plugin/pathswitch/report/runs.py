@@ -69,9 +69,7 @@ def read_run(folder: FilePath) -> Run:
     split = plan_file.data.split
     plan = build_plan(plan_file, str(folder / PLAN_FILE))
     runs = {
-        paradigm: tuple(
-            _path_run(PathFolder(folder / paradigm / path.name), path, plan, split) for path in plan.paths(paradigm)
-        )
+        paradigm: tuple(_path_run(folder / paradigm, path, plan, split) for path in plan.paths(paradigm))
         for paradigm in PARADIGMS
         if (folder / paradigm).is_dir()
     }
