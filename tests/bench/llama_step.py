@@ -19,13 +19,16 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
+from pathswitch.config import load_plan_file
 from pathswitch.trainer.llama import Llama, LlamaConfig
 
+PLAN = load_plan_file(Path(__file__).parents[2] / "launch" / "quickstart.toml")
+assert PLAN.data is not None and PLAN.train is not None
 QUICKSTART = LlamaConfig(
-    vocab_size=1024, hidden_size=128, intermediate_size=352, n_layers=4, n_heads=4, max_seq_len=128
+    vocab_size=PLAN.data.vocab_size, max_seq_len=PLAN.data.seq_len, **PLAN.model.model_dump(exclude_none=True)
 )
 SEQ_LEN = QUICKSTART.max_seq_len
-GLOBAL_BATCH = 16
+GLOBAL_BATCH = PLAN.train.global_batch_size
 WARM_UP_STEPS = 5
 
 
@@ -106,9 +109,9 @@ def main() -> None:
     args = parser.parse_args()
     print(f"{QUICKSTART.n_params:,} parameters, {GLOBAL_BATCH} x {SEQ_LEN} tokens, load {os.getloadavg()[0]:.1f}")
     one = single_process(threads=2, rounds=args.rounds, steps=args.steps)
-    print(report("1 process x 2 threads, batch 16", one), flush=True)
+    print(report(f"1 process x 2 threads, batch {GLOBAL_BATCH}", one), flush=True)
     two = two_processes(rounds=args.rounds, steps=args.steps)
-    print(report("2 processes x 1 thread, DDP gloo, batch 8+8", two))
+    print(report(f"2 processes x 1 thread, DDP gloo, batch 2 x {GLOBAL_BATCH // 2}", two))
 
 
 if __name__ == "__main__":
