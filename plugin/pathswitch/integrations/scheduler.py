@@ -28,9 +28,9 @@ PATH_VARIABLE = "PATHSWITCH_PATH"
 class PathSwitchLR(LRScheduler):
     """Sets the LR of every update to the plan's LR for one path, times the param group's own multiple.
 
-    Where param groups have LRs of their own, a group's multiple is its LR over the optimizer's default LR when the
-    scheduler is made; where all have the same LR it is 1. ``step()`` is called after each optimizer update. The state
-    is one counter, the number of updates done, with the fields that determine the LR and their digest.
+    Where param groups have LRs of their own, a group's multiple is its LR over the optimizer's default LR (best set to
+    max_lr) when the scheduler is made; where all have the same LR it is 1. ``step()`` is called after each optimizer
+    update. The state is one counter, the number of updates done, with the fields that determine the LR and their digest.
 
     Args:
         optimizer: a torch optimizer, or a wrapper that holds one in ``.optimizer`` (ZeRO, fp16, Accelerate).
@@ -60,7 +60,7 @@ class PathSwitchLR(LRScheduler):
         self._plan = _resolve_plan(plan, inline)
         self.path = _select_path(self._plan, path, paradigm)
         self._foreign_step = _check_initial_step(initial_step)
-        self._multiples = _lr_multiples(self.optimizer)
+        self._multiples = _lr_multiples(self.optimizer, self._plan.main.max_lr)
         self._updates = 0
         self._updated_since_step = False
         self._set_step(0)
@@ -297,18 +297,18 @@ def _check_initial_step(initial_step: object) -> int | None:
     raise ConfigError("PathSwitchLR initial_step", given=initial_step, allowed="a whole number >= 0")
 
 
-def _lr_multiples(optimizer: Optimizer) -> list[float]:
+def _lr_multiples(optimizer: Optimizer, max_lr: float) -> list[float]:
     """Return each group's LR over the optimizer's default LR; ``initial_lr`` is torch's memory of a group's own LR."""
     own_lrs = [float(group.setdefault("initial_lr", float(group["lr"]))) for group in optimizer.param_groups]
     if len(set(own_lrs)) == 1:
         return [1.0] * len(own_lrs)
     default_lr = float(optimizer.defaults["lr"])
-    if default_lr <= 0 or default_lr not in own_lrs:
+    if default_lr <= 0 or default_lr not in (max_lr, *own_lrs):
         # AdamW([{..., "lr": a}, {..., "lr": b}]) leaves torch's 1e-3 as default: no share of that is meant.
         raise ConfigError(
             "optimizer lr",
             given=f"default {default_lr!r} beside param groups with {', '.join(map(repr, own_lrs))}",
-            allowed="an LR > 0 that one of the groups has too: it is the one that becomes max_lr",
+            allowed=f"max_lr ({max_lr!r}), or the LR of one of the groups: groups train at their share of it",
         )
     return [own_lr / default_lr for own_lr in own_lrs]
 

@@ -221,10 +221,16 @@ def test_equal_groups_are_at_max_lr_whatever_the_optimizers_default() -> None:
     assert train(optimizer, scheduler, 2) == [lr for lr in planned("main", 0, 2) for _ in range(2)]
 
 
+def test_every_group_may_have_a_multiple_of_max_lr() -> None:
+    optimizer = sgd(6e-3, 1.5e-3, default=3e-3)
+    scheduler = PathSwitchLR(optimizer, **PARAMS)
+    assert train(optimizer, scheduler, 5) == [factor * lr for lr in planned("main", 0, 5) for factor in (2.0, 0.5)]
+
+
 def test_groups_without_a_common_scale_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"default 0\.1 beside param groups with 0\.2, 0\.3"):
         PathSwitchLR(sgd(0.2, 0.3, default=0.1), **PARAMS)
-    with pytest.raises(ConfigError, match="an LR > 0"):
+    with pytest.raises(ConfigError, match=r"allowed: max_lr \(0\.003\), or the LR of one of the groups"):
         PathSwitchLR(sgd(0.0, 0.3, default=0.0), **PARAMS)
 
 
