@@ -30,7 +30,7 @@ class PathSwitchLR(LRScheduler):
 
     Where param groups have LRs of their own, a group's multiple is its LR over the optimizer's default LR (best set to
     max_lr) when the scheduler is made; where all have the same LR it is 1. ``step()`` is called after each optimizer
-    update. The state is one counter, the number of updates done, with the fields that determine the LR and their digest.
+    update. The state is one counter, the number of updates done, with the fields of the schedule and their digest.
 
     Args:
         optimizer: a torch optimizer, or a wrapper that holds one in ``.optimizer`` (ZeRO, fp16, Accelerate).
