@@ -19,7 +19,5 @@ include=$(python -c 'import sysconfig; print(sysconfig.get_path("include"))')
 # A compilation that was killed leaves a lock on which the next one would wait for ever.
 find "$TORCH_EXTENSIONS_DIR" -name lock -delete 2>/dev/null || true
 
-ruff check .
-ruff format --check .
-mypy
+launch/check.sh
 python -m pytest ${marker[@]+"${marker[@]}"} "$@"
