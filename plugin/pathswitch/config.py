@@ -240,6 +240,10 @@ def _check_training_sections(plan_file: PlanFile) -> None:
         if key in plan_file.deepspeed:
             allowed = f"not here: {', '.join(PLAN_KEYS)} follow from [train] and [schedule]"
             raise ConfigError(f"[deepspeed] {key}", given=plan_file.deepspeed[key], allowed=allowed)
+    if "fp16" in plan_file.deepspeed:
+        # A step of the embedded trainer is one batch and one update; PathSwitchLR in other scripts has no such limit.
+        allowed = "bf16, or neither: with fp16, updates that overflow are skipped and their samples lost"
+        raise ConfigError("[deepspeed] fp16", given=plan_file.deepspeed["fp16"], allowed=allowed)
 
 
 def _version(plan_file: PlanFile, main: MainPath, version: VersionSection) -> Version:

@@ -80,6 +80,8 @@ def test_a_plan_resolves(tmp_path: Path) -> None:
         ("seq_len = 128", "seq_len = 0", "[data] seq_len", "whole number"),
         ("seq_len = 128", "seq_len = 128\nsplit = 'iit'", "[data] split", "'temporal' or 'iid'"),
         ("[train]", "[train]\nbetas = [0.9]", "[train] betas", "beta1, beta2"),
+        ("[train]", "[deepspeed]\nfp16 = { enabled = true }\n[train]", "[deepspeed] fp16", "bf16, or neither"),
+        ("[train]", "[deepspeed]\nscheduler = {}\n[train]", "[deepspeed] scheduler", "follow from [train]"),
         ("[train]", "[trian]", "[trian]", "did you mean 'train'"),
         ("[schedule]", "[schedule", "plan.toml", "TOML"),
     ],
@@ -94,6 +96,16 @@ def test_what_does_not_fit_is_named_with_its_place(
     assert place in text and str(tmp_path / "plan.toml") in text
     assert message in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [("ranks = 3", "[train] ranks: given 3"), ("micro_batch_size = 3", "micro_batch_size: given 3")],
+)
+def test_the_batch_must_be_shared_out_evenly(tmp_path: Path, train: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, GOOD + train)
+    assert message in str(error.value)
 
 
 def test_a_missing_plan_file_is_named(tmp_path: Path) -> None:

@@ -118,7 +118,9 @@ def _train(job: Job, engine: Any, stream: SampleStream, start_step: int, metrics
 def _client_state(job: Job, step: int) -> dict[str, Any]:
     """Return what a checkpoint must agree on with whoever goes on from it: the text it has seen, and the seed."""
     pooled = job.plan_file.data is not None and job.plan_file.data.split == "iid"
-    seen = job.plan.versions if pooled else job.plan.begun(step)
+    # Mixed order: pre-training from scratch draws from all of its text from the first step on.
+    furthest_step = job.path.end_step if job.path.paradigm == "ptfs" else step
+    seen = job.plan.versions if pooled else job.plan.begun(furthest_step)
     digests = {version.name: job.data.version_digest(version.name) for version in seen}
     return {"pathswitch_data": digests, "pathswitch_seed": _seed(job)}
 
@@ -162,9 +164,9 @@ def _evaluate(job: Job, engine: Any) -> None:
         content = {"step": job.path.end_step, "test_sets": results}
         write_text_atomic(job.files.evaluation, json.dumps(content, indent=1) + "\n")
     if engine.monitor.enabled:
-        step_samples = engine.global_samples
+        samples = engine.global_samples
         engine.monitor.write_events(
-            [(f"Test/perplexity/{name}", result["perplexity"], step_samples) for name, result in results.items()]
+            [(f"Test/perplexity/{name}", result["perplexity"], samples) for name, result in results.items()]
         )
 
 

@@ -123,6 +123,7 @@ def test_tensor_lr() -> None:
     assert optimizer.param_groups[0]["lr"] is tensor, "a captured graph reads this tensor"
 
 
+@pytest.mark.filterwarnings("ignore:.*does not count")
 def test_skipped_updates_do_not_count() -> None:
     """A real gradient scaler; the first update and one in the middle overflow."""
     weight = torch.zeros((), requires_grad=True)
@@ -150,6 +151,7 @@ def test_a_step_without_an_update_says_that_it_does_not_count() -> None:
     assert scheduler.last_epoch == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*does not count")
 def test_stepped_several_times_an_update() -> None:
     """Accelerate steps a prepared scheduler once per process."""
     optimizer = sgd()
