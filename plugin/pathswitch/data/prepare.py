@@ -107,17 +107,6 @@ class Prepared:
         """Return the UTF-8 bytes of a version's test text, for bits per byte."""
         return self._records[self._known(name)]["test"].bytes
 
-    @property
-    def n_tokens(self) -> dict[str, int]:
-        """Number of training tokens per version."""
-        return {name: self._records[name]["train"].tokens for name in self.names}
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over the tokenizer and all versions' source files and counts; a further version changes it."""
-        content = [self.tokenizer.digest, [[name, _as_json(self._records[name])] for name in self.names]]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
-
     def version_digest(self, name: str) -> str:
         """SHA-256 over the tokenizer and one version's source files and counts; other versions do not change it."""
         content = [self.tokenizer.digest, _as_json(self._records[self._known(name)])]
