@@ -55,7 +55,7 @@ class Job:
         paths = self.plan.paths(self.path.paradigm)
         forks = {path.start_step for path in paths if path.parent == self.path.name}
         every = self.plan_file.train.save_every_steps if self.plan_file.train else None
-        regular = range(0, self.path.end_step, every) if every else ()
+        regular = range(every, self.path.end_step, every) if every else ()
         return forks | {self.path.end_step} | set(regular)
 
 
