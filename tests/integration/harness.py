@@ -122,9 +122,16 @@ def barrier() -> None:
     torch.distributed.barrier()
 
 
-def write(record: dict[str, Any], out: Path) -> None:
-    """Write this rank's record."""
+def finish(record: dict[str, Any], out: Path) -> None:
+    """Write this rank's record and leave; the last thing that a worker does."""
     (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(record))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    # Threads of native libraries, of many engines and monitors here, may abort an interpreter that takes itself apart.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def arguments() -> Path:

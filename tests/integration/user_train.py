@@ -45,6 +45,7 @@ def main() -> None:
             engine.save_checkpoint(arguments.save_dir)
         if engine.global_steps == arguments.die_at and engine.global_rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from harness import PLAN, USED_LRS, WIDTH, TinyModel, write
+from harness import PLAN, USED_LRS, WIDTH, TinyModel, finish
 from huggingface import SAVED, make_model, train
 from torch.optim.lr_scheduler import PathSwitchLR  # type: ignore[attr-defined]
 
@@ -57,7 +57,7 @@ def main() -> None:
     out = Path(os.environ["OUT"])
     record = {f"accelerate_{n}": accelerate(out / f"accelerate_{n}", n) for n in (1, 2)}
     record["trainer"] = trainer(out / f"trainer_{SAVED}")
-    write(record, out)
+    finish(record, out)
 
 
 if __name__ == "__main__":

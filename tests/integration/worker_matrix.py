@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from harness import arguments, barrier, config, counters, engine_of, refused, update, updates, write
+from harness import arguments, barrier, config, counters, engine_of, finish, refused, update, updates
 
 CPT = {"paradigm": "cpt_rewarm"}
 
@@ -146,7 +146,7 @@ def main() -> None:
     for stage in (1, 2):
         record[f"overflow_{stage}"] = overflow(out / f"overflow_{stage}", stage)
     record["accumulation"] = accumulation()
-    write(record, out)
+    finish(record, out)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
-from harness import arguments, engine_of, update, write
+from harness import arguments, engine_of, finish, update
 
 
 def attempts(engine: Any, until_step: int) -> list[float]:
@@ -34,7 +34,7 @@ def main() -> None:
         fork_step = branch.lr_scheduler.path.start_step
         branch.lr_scheduler.load_state_dict(trunk.lr_scheduler.state_dict() | {"step": fork_step})
         record[recipe.stem] = {"main": lrs, "v2": attempts(branch, fork_step + 2), "fork_step": fork_step}
-    write(record, out)
+    finish(record, out)
 
 
 if __name__ == "__main__":

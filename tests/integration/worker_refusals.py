@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import PLAN, arguments, barrier, config, counters, engine_of, refused, update, updates, write
+from harness import PLAN, arguments, barrier, config, counters, engine_of, finish, refused, update, updates
 
 Record = dict[str, Any]
 V1, V2 = PLAN["versions"]
@@ -185,7 +185,7 @@ def main() -> None:
         inline = {} if "plan" in parameters else settings["scheduler"]["params"]
         settings["scheduler"]["params"] = inline | parameters
         record["bad"][name] = refused(lambda settings=settings: engine_of(settings))  # type: ignore[misc]
-    write(record, out)
+    finish(record, out)
 
 
 if __name__ == "__main__":

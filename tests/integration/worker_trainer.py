@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from harness import PLAN, write
+from harness import PLAN, finish
 from huggingface import make_model, train
 
 
@@ -30,7 +30,7 @@ def main() -> None:
         for path, steps, resume in (("main", 5, None), ("v1", 8, folder / "checkpoint-4")):
             os.environ["PATHSWITCH_PATH"] = path
             record[f"{path}_{stage}"] = train(make_model, folder, steps, resume, deepspeed=ds_config(stage))
-    write(record, out)
+    finish(record, out)
 
 
 if __name__ == "__main__":
