@@ -45,9 +45,6 @@ def run_paradigm(plan_file: PlanFile, folder: RunFolder, paradigm: Paradigm, con
         label = f"{paradigm}/{path.name}"
         if folder.is_complete(path):
             console.print(f"{label}: done already, up to step {path.end_step}", highlight=False)
-        elif path.steps == 0:
-            # A main path whose only branch leaves at step 0, from the seed's weights.
-            console.print(f"{label}: no steps", highlight=False)
         else:
             _run_path(plan_file, folder, path, label, console)
 

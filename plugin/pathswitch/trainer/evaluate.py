@@ -9,9 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pathswitch.data import IGNORED_TARGET
 from pathswitch.errors import ConfigError
 from pathswitch.score import Score
-from pathswitch.trainer.llama import IGNORED, Llama
+from pathswitch.trainer.llama import Llama
 
 Tokens = npt.NDArray[np.int64]
 
@@ -60,7 +61,7 @@ def _check(inputs: Tokens, targets: Tokens, *, n_bytes: int, batch_size: int) ->
     if inputs.ndim != 2 or inputs.shape != targets.shape:
         given = f"inputs {inputs.shape}, targets {targets.shape}"
         raise ConfigError("test windows", given=given, allowed="two arrays of one shape [n, L]")
-    if not (targets != IGNORED).any():
+    if not (targets != IGNORED_TARGET).any():
         raise ConfigError("test windows", given="no scored target", allowed="at least one")
     for name, value in (("n_bytes", n_bytes), ("batch_size", batch_size)):
         if value <= 0:
@@ -75,4 +76,4 @@ def _share(inputs: Tokens, targets: Tokens, *, rank: int, world_size: int) -> tu
     per_rank = -(-len(inputs) // world_size)
     mine, mine_targets = inputs[rank::world_size], targets[rank::world_size]
     missing = ((0, per_rank - len(mine)), (0, 0))
-    return np.pad(mine, missing), np.pad(mine_targets, missing, constant_values=IGNORED)
+    return np.pad(mine, missing), np.pad(mine_targets, missing, constant_values=IGNORED_TARGET)

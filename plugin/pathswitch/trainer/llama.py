@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pathswitch.data import IGNORED_TARGET
 from pathswitch.errors import ConfigError
-
-IGNORED = -100  # the target that takes no part in a loss, as in torch and Hugging Face
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,13 +237,14 @@ class Llama(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor, reduction: Literal["mean", "none"] = "mean") -> Tensor:
         """Cross-entropy in nats, fp32, of int64 targets [B, L] given int64 inputs [B, L].
 
-        ``mean`` averages over the targets that are not IGNORED (nan when there are none); ``none`` gives [B * L].
+        ``mean`` averages over the targets that are not IGNORED_TARGET (nan when there are none),
+        ``none`` gives [B * L].
         """
         logits = self.logits(inputs).flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED_TARGET, reduction=reduction)
 
     def token_nll(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
-        """Sum of the negative log-likelihood in nats (float64 scalar) and the number of targets not IGNORED."""
+        """Sum of the negative log-likelihood in nats (float64 scalar) and the number of targets not IGNORED_TARGET."""
         # Through __call__, not forward: ZeRO-3 gathers weights in the hooks of a module call.
         losses: Tensor = self(inputs, targets, "none")
-        return losses.double().sum(), int((targets != IGNORED).sum())
+        return losses.double().sum(), int((targets != IGNORED_TARGET).sum())

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from pathswitch.data import IGNORED_TARGET
 from pathswitch.errors import ConfigError
 from pathswitch.score import Score
 from pathswitch.trainer.evaluate import Tokens, evaluate
-from pathswitch.trainer.llama import IGNORED, Llama, LlamaConfig
+from pathswitch.trainer.llama import Llama, LlamaConfig
 
 CONFIG = LlamaConfig(
     vocab_size=61, hidden_size=32, intermediate_size=48, n_layers=2, n_heads=4, max_seq_len=8, init_std=0.2
@@ -27,7 +28,7 @@ def model() -> Llama:
 def windows() -> tuple[Tokens, Tokens]:
     rng = np.random.default_rng(0)
     inputs, targets = rng.integers(0, CONFIG.vocab_size, (2, N_WINDOWS, 8))
-    targets[-1, 3:] = IGNORED  # a last window that the text does not fill
+    targets[-1, 3:] = IGNORED_TARGET  # a last window that the text does not fill
     return inputs, targets
 
 
@@ -69,7 +70,7 @@ def on_ranks(
 def test_equals_one_plain_forward(model: Llama, windows: tuple[Tokens, Tokens]) -> None:
     results, _ = on_ranks(model, windows, world_size=1, batch_size=N_WINDOWS)
     inputs, targets = map(torch.from_numpy, windows)
-    kept = targets != IGNORED
+    kept = targets != IGNORED_TARGET
     with torch.no_grad():
         log_p = model.logits(inputs).double().log_softmax(-1)
     nll = -log_p[kept].gather(-1, targets[kept][:, None]).sum().item()
@@ -134,7 +135,7 @@ def test_pooled_weighs_by_tokens() -> None:
     ("change", "message"),
     [
         ({"windows": (np.zeros((0, 8), np.int64), np.zeros((0, 8), np.int64))}, "no scored target"),
-        ({"windows": (np.zeros((2, 8), np.int64), np.full((2, 8), IGNORED))}, "no scored target"),
+        ({"windows": (np.zeros((2, 8), np.int64), np.full((2, 8), IGNORED_TARGET))}, "no scored target"),
         ({"windows": (np.zeros((2, 8), np.int64), np.zeros((3, 8), np.int64))}, "one shape"),
         ({"n_bytes": 0}, "n_bytes: given 0"),
         ({"batch_size": 0}, "batch_size: given 0"),

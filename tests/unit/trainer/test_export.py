@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from pathswitch.data import IGNORED_TARGET
 from pathswitch.errors import ConfigError, RunError
 from pathswitch.trainer import export
 from pathswitch.trainer.export import export_release
-from pathswitch.trainer.llama import IGNORED, Llama, LlamaConfig
+from pathswitch.trainer.llama import Llama, LlamaConfig
 
 # Nothing at Hugging Face's default, so that a field that is not read back shows.
 TINY = LlamaConfig(
@@ -64,7 +65,7 @@ def test_transformers_computes_the_same(config: LlamaConfig, tokenizer_model: Pa
     assert theirs.config.tie_word_embeddings is config.tie_embeddings
 
     sequence = torch.randint(61, (3, 16), generator=torch.Generator().manual_seed(0))
-    targets = torch.cat((sequence[:, 1:], torch.full((3, 1), IGNORED)), dim=1)
+    targets = torch.cat((sequence[:, 1:], torch.full((3, 1), IGNORED_TARGET)), dim=1)
     with torch.no_grad():
         output = theirs(input_ids=sequence, labels=sequence)  # transformers shifts the labels itself
         ours, loss = model.logits(sequence), model(sequence, targets)

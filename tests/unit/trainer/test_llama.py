@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from pathswitch.data import IGNORED_TARGET
 from pathswitch.errors import ConfigError
-from pathswitch.trainer.llama import IGNORED, Llama, LlamaConfig, rotary_tables, rotate
+from pathswitch.trainer.llama import Llama, LlamaConfig, rotary_tables, rotate
 
 TINY = LlamaConfig(
     vocab_size=61, hidden_size=32, intermediate_size=48, n_layers=2, n_heads=4, max_seq_len=16, init_std=0.05
@@ -154,11 +155,11 @@ def test_overfits_one_batch(config: LlamaConfig, dtype: torch.dtype) -> None:
 def test_ignored_targets_take_no_part() -> None:
     model = Llama(TINY, seed=0)
     inputs, targets = tokens(2, 16), tokens(2, 16, seed=1)
-    targets[0, :10] = IGNORED
+    targets[0, :10] = IGNORED_TARGET
     with torch.no_grad():
         log_p = model.logits(inputs).double().log_softmax(-1)
         mean, (nll, count) = model(inputs, targets), model.token_nll(inputs, targets)
-    kept = targets != IGNORED
+    kept = targets != IGNORED_TARGET
     expected = -log_p[kept].gather(-1, targets[kept][:, None]).sum()
     assert count == 22 and nll.dtype == torch.float64
     assert nll.item() == pytest.approx(expected.item(), rel=1e-6)
