@@ -35,6 +35,14 @@ class RunError(PathSwitchError):
     """A training job did not complete, or a run folder disagrees with the plan."""
 
 
+class CheckpointError(PathSwitchError):
+    """A checkpoint is damaged, was never committed, or cannot be used by this job."""
+
+
+class LedgerError(PathSwitchError):
+    """A ledger record cannot be read or written."""
+
+
 def choices(names: Iterable[str], given: str = "") -> str:
     """List the allowed names, with a hint when ``given`` is close to one of them."""
     ordered = list(names)

@@ -24,8 +24,11 @@ from pathswitch.versions import Path as TrainingPath
 
 FORMAT = 1
 PLAN_FILE, RUN_FILE = "plan.toml", "run.json"
-# What may differ from one run of the same folder to the next without changing anything that is trained.
-FREE_SETTINGS = {("train", "save_every_steps")}
+TAG_PREFIX = "global_step"
+# What may differ from one run of the same folder to the next: the same updates are trained, up to the order in which
+# another number of ranks adds gradients up.
+FREE_SETTINGS = {("train", "save_every_steps"), ("train", "ranks"), ("train", "micro_batch_size")}
+FREE_SETTINGS |= {("deepspeed", "pathswitch")}
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,14 @@ class PathFolder:
         return self.folder / "done.json"
 
     def step(self) -> int | None:
-        """Return the step of the newest committed checkpoint, None where there is none."""
-        latest = self.checkpoints / "latest"
-        return int(latest.read_text().removeprefix("global_step")) if latest.is_file() else None
+        """Return the step of the newest checkpoint, None where there is none: a folder of its name is a whole one."""
+        folders = self.checkpoints.glob(f"{TAG_PREFIX}*") if self.checkpoints.is_dir() else ()
+        steps = [folder.name.removeprefix(TAG_PREFIX) for folder in folders]
+        return max((int(step) for step in steps if step.isdecimal()), default=None)
+
+    def has_checkpoints(self) -> bool:
+        """Return whether this path has saved anything to go on from."""
+        return self.step() is not None or (self.checkpoints / "latest").exists()
 
     def completed_step(self) -> int:
         """Return the step up to which the completion record vouches, 0 where there is none."""
@@ -76,7 +84,7 @@ class PathFolder:
 
 def tag(step: int) -> str:
     """Return the DeepSpeed tag of the checkpoint with ``step`` updates behind it."""
-    return f"global_step{step}"
+    return f"{TAG_PREFIX}{step}"
 
 
 @dataclass(frozen=True)
@@ -148,9 +156,9 @@ class RunFolder:
 
     def _furthest_step(self) -> int:
         steps = [
-            PathFolder(latest.parent.parent).step() or 0
+            PathFolder(checkpoints.parent).step() or 0
             for paradigm in PARADIGMS
-            for latest in (self.out / paradigm).glob("*/checkpoints/latest")
+            for checkpoints in (self.out / paradigm).glob("*/checkpoints")
         ]
         return max(steps, default=0)
 

@@ -20,16 +20,18 @@ ALLOWED: dict[str, set[str]] = {
     "versions": {"errors", "schedule"},
     "config": {"errors", "schedule", "versions"},
     "data": {"errors", "atomic"},
+    "checkpoint": {"errors", "atomic"},
     "run_folder": {"errors", "atomic", "config", "versions"},
-    "integrations": {"errors", "schedule", "versions", "config"},
-    "trainer": {"errors", "atomic", "config", "versions", "run_folder", "data", "integrations", "score"},
-    "launch": {"errors", "config", "versions", "run_folder"},
+    "integrations": {"errors", "atomic", "schedule", "versions", "config", "checkpoint"},
+    "trainer": {"errors", "atomic", "config", "versions", "run_folder", "data", "checkpoint", "integrations", "score"},
+    "launch": {"errors", "config", "versions", "checkpoint", "run_folder"},
     "report": {"errors", "atomic", "config", "schedule", "versions", "run_folder", "score"},
 }
 STDLIB_ONLY = ("errors", "atomic", "score", "schedule", "versions")
 # Optional or heavy packages are imported by these files alone.
 OWNERS = {
-    "deepspeed": {"integrations/deepspeed.py", "trainer/engine.py"},
+    "blake3": {"checkpoint/files.py"},
+    "deepspeed": {"integrations/deepspeed.py", "integrations/random_state.py", "trainer/engine.py"},
     "matplotlib": {"report/plots.py", "report/style.py"},
     "jinja2": {"report/html.py"},
     "sentencepiece": {"data/tokenizer.py"},

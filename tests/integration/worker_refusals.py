@@ -11,6 +11,7 @@ from harness import PLAN, arguments, barrier, config, counters, engine_of, finis
 
 Record = dict[str, Any]
 V1, V2 = PLAN["versions"]
+UNVERIFIED = {"pathswitch": {"checkpoint": {"verify": "off"}}}
 WARMUP_LR = {"type": "WarmupLR", "params": {"warmup_max_lr": 5e-4, "warmup_num_steps": 2}}
 
 BAD_PARAMETERS: dict[str, Record] = {
@@ -107,10 +108,11 @@ def other_checkpoints(out: Path, main: Path) -> Record:
 
     v3 = {"name": "v3", "steps": 9}
     return {
-        "no state": loads(out / "plain"),
-        "foreign state": loads(out / "warmup"),
-        "no state, initial_step": loads(out / "plain", settings=config(path="v1", initial_step=4)),
-        "foreign state, initial_step": loads(out / "warmup", settings=config(path="v1", initial_step=4)),
+        "not committed": loads(out / "warmup"),
+        "no state": loads(out / "plain", settings=config(path="v1") | UNVERIFIED),
+        "foreign state": loads(out / "warmup", settings=config(path="v1") | UNVERIFIED),
+        "no state, initial_step": loads(out / "plain", settings=config(path="v1", initial_step=4) | UNVERIFIED),
+        "foreign state, initial_step": loads(out / "warmup", settings=config(path="v1", initial_step=4) | UNVERIFIED),
         "not at the fork step": loads(main, "global_step6"),
         "another branch": loads(out / "v1", settings=config(path="v2")),
         "a branch on main": loads(out / "v1", settings=config()),
@@ -127,7 +129,7 @@ def other_checkpoints(out: Path, main: Path) -> Record:
 
 def foreign_parents_lr(out: Path) -> Record:
     """The LR of the first branch updates behind a main path that WarmupLR trained at another LR."""
-    branch = engine_of(config(path="v1", initial_step=4))
+    branch = engine_of(config(path="v1", initial_step=4) | UNVERIFIED)
     branch.load_checkpoint(out / "warmup")
     return {"lrs": updates(branch, 4)}
 

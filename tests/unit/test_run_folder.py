@@ -30,8 +30,7 @@ def trained(out: Path, step: int, **changes: Any) -> RunFolder:
     folder = RunFolder(out)
     folder.open(plan_file(**changes))
     checkpoints = out / "path_switching" / "main" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    (checkpoints / "latest").write_text(tag(step))
+    (checkpoints / tag(step)).mkdir(parents=True)
     return folder
 
 

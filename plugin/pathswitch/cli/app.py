@@ -145,10 +145,15 @@ def run(
     out: Annotated[Path, typer.Option(help="The run folder.")],
     paradigm: ParadigmOption = "path_switching",
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the plan's [train] seed.")] = None,
+    on_damage: Annotated[
+        str | None, typer.Option(metavar="refuse|previous", help="previous: go back past damaged checkpoints.")
+    ] = None,
 ) -> None:
     """Train a paradigm's paths under the deepspeed launcher; run again, it goes on where it stopped."""
     plan_file = with_seed(load_plan_file(plan_path), seed)
-    train(plan_file, plan_path.parent, out, _paradigm(paradigm))
+    if on_damage not in (None, "refuse", "previous"):
+        raise ConfigError("--on-damage", given=on_damage, allowed="refuse, previous")
+    train(plan_file, plan_path.parent, out, _paradigm(paradigm), on_damage)
     console.print(f"{paradigm}: all paths of {plan_path} are trained in {out}", highlight=False)
 
 
@@ -159,7 +164,7 @@ def with_seed(plan_file: PlanFile, seed: int | None) -> PlanFile:
     return plan_file.model_copy(update={"train": plan_file.train.model_copy(update={"seed": seed})})
 
 
-def train(plan_file: PlanFile, base: Path, out: Path, paradigm: Paradigm) -> None:
+def train(plan_file: PlanFile, base: Path, out: Path, paradigm: Paradigm, on_damage: str | None = None) -> None:
     """Prepare a plan's data and train one paradigm in the run folder ``out``."""
     from pathswitch.launch.paradigm import require_trainable, run_paradigm
     from pathswitch.run_folder import RunFolder
@@ -172,7 +177,7 @@ def train(plan_file: PlanFile, base: Path, out: Path, paradigm: Paradigm) -> Non
         prepared = prepare_data(plan_file, base, folder.data)
         for path in build_plan(plan_file).paths(paradigm):
             path_stream(plan_file, path, prepared)  # raises unless every version has text enough for its steps
-        run_paradigm(plan_file, folder, paradigm, console)
+        run_paradigm(plan_file, folder, paradigm, console, on_damage)
     except KeyboardInterrupt:
         print("pathswitch: interrupted; run the same command again to go on", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -57,10 +57,10 @@ class PathSwitchLR(LRScheduler):
         **inline: object,
     ) -> None:
         self.optimizer = _torch_optimizer(optimizer)
-        self._plan = _resolve_plan(plan, inline)
-        self.path = _select_path(self._plan, path, paradigm)
+        self.plan = _resolve_plan(plan, inline)
+        self.path = _select_path(self.plan, path, paradigm)
         self._foreign_step = _check_initial_step(initial_step)
-        self._multiples = _lr_multiples(self.optimizer, self._plan.main.max_lr)
+        self._multiples = _lr_multiples(self.optimizer, self.plan.main.max_lr)
         self._updates = 0
         self._updated_since_step = False
         self._set_step(0)
@@ -79,7 +79,7 @@ class PathSwitchLR(LRScheduler):
     @property
     def base_lrs(self) -> list[float]:  # type: ignore[override]
         """The maximum LR of every param group."""
-        return [multiple * self._plan.main.max_lr for multiple in self._multiples]
+        return [multiple * self.plan.main.max_lr for multiple in self._multiples]
 
     def step(self, epoch: int | None = None) -> None:
         """Count one optimizer update and set the LR of the next.
@@ -183,7 +183,7 @@ class PathSwitchLR(LRScheduler):
         if saved == (path.paradigm, path.name):
             _require_same_fields(path, state["schedule"])
         elif path.parent is not None and saved == (path.paradigm, path.parent):
-            _require_same_fields(self._plan.path(path.parent, path.paradigm), state["schedule"])
+            _require_same_fields(self.plan.path(path.parent, path.paradigm), state["schedule"])
             if step != path.start_step:
                 raise ScheduleError(
                     f"path {path.name!r} forks from {path.parent!r} at step {path.start_step}, "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pathswitch.checkpoint import read_section
 from pathswitch.config import PlanFile, build_plan
 from pathswitch.errors import ConfigError, RunError
 from pathswitch.launch.local import deepspeed_command, free_port, job_environment, run_job
@@ -23,6 +24,7 @@ RAISED = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b.*: ")
 
 def require_trainable(plan_file: PlanFile) -> None:
     """Raise ConfigError unless the plan has everything that the embedded trainer needs."""
+    read_section(plan_file.deepspeed)
     for section in ("data", "train"):
         if getattr(plan_file, section) is None:
             raise ConfigError(f"[{section}]", given="nothing", allowed="this section is required for training")
@@ -35,8 +37,12 @@ def require_trainable(plan_file: PlanFile) -> None:
                 raise ConfigError(where, given="nothing", allowed="text files: training needs them")
 
 
-def run_paradigm(plan_file: PlanFile, folder: RunFolder, paradigm: Paradigm, console: Console) -> None:
+def run_paradigm(
+    plan_file: PlanFile, folder: RunFolder, paradigm: Paradigm, console: Console, on_damage: str | None = None
+) -> None:
     """Train whatever the folder's completion records do not vouch for.
+
+    ``on_damage`` ("refuse" or "previous") overrides what the plan says about damaged checkpoints.
 
     Raises:
         RunError: a job ended without its completion record.
@@ -46,14 +52,19 @@ def run_paradigm(plan_file: PlanFile, folder: RunFolder, paradigm: Paradigm, con
         if folder.is_complete(path):
             console.print(f"{label}: done already, up to step {path.end_step}", highlight=False)
         else:
-            _run_path(plan_file, folder, path, label, console)
+            _run_path(plan_file, folder, path, console, on_damage)
 
 
-def _run_path(plan_file: PlanFile, folder: RunFolder, path: TrainingPath, label: str, console: Console) -> None:
+def _run_path(
+    plan_file: PlanFile, folder: RunFolder, path: TrainingPath, console: Console, on_damage: str | None
+) -> None:
+    label = f"{path.paradigm}/{path.name}"
     assert plan_file.train is not None and plan_file.tokens_per_step is not None
     files, ranks = folder.path(path), plan_file.train.ranks
     files.folder.mkdir(parents=True, exist_ok=True)
     arguments = ["--out", str(folder.out.resolve()), "--paradigm", path.paradigm, "--path", path.name]
+    if on_damage is not None:
+        arguments += ["--on-damage", on_damage]
     command = deepspeed_command("pathswitch.trainer", arguments, ranks=ranks, port=free_port())
     log_start = files.log.stat().st_size if files.log.is_file() else 0
     progress = PathProgress(

@@ -20,12 +20,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--paradigm", required=True)
     parser.add_argument("--path", required=True)
+    parser.add_argument("--on-damage", choices=("refuse", "previous"))
     parser.add_argument("--local_rank", type=int, default=0)
     arguments = parser.parse_args()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     init_distributed()
     try:
-        train_path(open_job(arguments.out, arguments.paradigm, arguments.path))
+        train_path(open_job(arguments.out, arguments.paradigm, arguments.path, arguments.on_damage))
     except PathSwitchError as error:
         print(f"pathswitch: error: {error}", file=sys.stderr, flush=True)
         return 2

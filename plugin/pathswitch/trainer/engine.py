@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from pathswitch.atomic import write_text_atomic
 from pathswitch.config import PlanFile
-from pathswitch.errors import RunError
 from pathswitch.run_folder import PLAN_FILE, RunFolder, tag
 from pathswitch.trainer.llama import Llama, LlamaConfig
 from pathswitch.versions import Path as TrainingPath
@@ -29,10 +25,15 @@ def init_distributed() -> None:
     deepspeed.init_distributed()
 
 
-def ds_config(plan_file: PlanFile, folder: RunFolder, path: TrainingPath) -> dict[str, Any]:
+def ds_config(
+    plan_file: PlanFile, folder: RunFolder, path: TrainingPath, on_damage: str | None = None
+) -> dict[str, Any]:
     """Return the ds_config of one path: the plan's batch, optimizer and scheduler, and whatever [deepspeed] adds."""
-    train = plan_file.train
-    assert train is not None
+    train, data = plan_file.train, plan_file.data
+    assert train is not None and data is not None
+    section = {"seq_len": data.seq_len, **plan_file.deepspeed.get("pathswitch", {}), "run": str(folder.out)}
+    if on_damage is not None:
+        section["checkpoint"] = {**section.get("checkpoint", {}), "on_damage": on_damage}
     adam = {
         "lr": plan_file.schedule.max_lr,
         "betas": list(train.betas),
@@ -50,6 +51,7 @@ def ds_config(plan_file: PlanFile, folder: RunFolder, path: TrainingPath) -> dic
         "zero_optimization": {"stage": 1},
         "steps_per_print": 1_000_000_000,
         **plan_file.deepspeed,
+        "pathswitch": section,
     }
 
 
@@ -60,24 +62,21 @@ def llama_config(plan_file: PlanFile, vocab_size: int) -> LlamaConfig:
     return LlamaConfig(vocab_size=vocab_size, max_seq_len=plan_file.data.seq_len, **model)
 
 
-def build_engine(plan_file: PlanFile, folder: RunFolder, path: TrainingPath, vocab_size: int) -> Any:
-    """Return the DeepSpeed engine of one path, with the weights that its seed gives."""
+def build_engine(
+    plan_file: PlanFile, folder: RunFolder, path: TrainingPath, vocab_size: int, on_damage: str | None = None
+) -> Any:
+    """Return the DeepSpeed engine of one path, with the weights that its seed gives.
+
+    ``on_damage`` overrides the plan's ``[deepspeed.pathswitch.checkpoint] on_damage``.
+    """
     assert plan_file.train is not None
     model = Llama(llama_config(plan_file, vocab_size), seed=plan_file.train.seed)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds_config(plan_file, folder, path))
+    config = ds_config(plan_file, folder, path, on_damage)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
     return engine
-
-
-def save(engine: Any, checkpoints: Path, step: int, state: dict[str, Any]) -> None:
-    """Save the checkpoint of ``step`` and commit it: `latest` moves only when every rank has written its shards."""
-    engine.save_checkpoint(str(checkpoints), tag=tag(step), client_state=state, save_latest=False)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        write_text_atomic(checkpoints / "latest", tag(step))
-    dist.barrier()
 
 
 def load(engine: Any, folder: RunFolder, path: TrainingPath, check: Callable[[dict[str, Any], int], None]) -> int:
@@ -86,20 +85,17 @@ def load(engine: Any, folder: RunFolder, path: TrainingPath, check: Callable[[di
     ``check`` sees the client state before anything is trained from it.
 
     Raises:
-        RunError: the parent has no checkpoint at the fork step.
+        CheckpointError: the checkpoint is damaged, or the parent has none at the fork step.
     """
     own = folder.path(path)
-    if (step := own.step()) is not None:
-        source, step_tag = own.checkpoints, tag(step)
+    if own.has_checkpoints():
+        source, step_tag = own.checkpoints, None
     elif path.parent is not None and path.start_step > 0:
-        step, source, step_tag = path.start_step, folder.parent(path).checkpoints, tag(path.start_step)
-        if not (source / step_tag).is_dir():
-            raise RunError(f"path {path.name!r} starts from {source / step_tag}, which is not there")
+        source, step_tag = folder.parent(path).checkpoints, tag(path.start_step)
     else:
         return 0  # from scratch, as is a branch that leaves at step 0: the weights are the seed's
-    loaded, client_state = engine.load_checkpoint(str(source), tag=step_tag)
-    if loaded is None:
-        raise RunError(f"{source / step_tag}: DeepSpeed did not load this checkpoint")
+    _, client_state = engine.load_checkpoint(str(source), tag=step_tag)
+    step = int(engine.lr_scheduler.last_epoch)
     check(client_state, step)
     return step
 

@@ -19,8 +19,8 @@ from pathswitch.atomic import write_text_atomic
 from pathswitch.config import PlanFile, build_plan
 from pathswitch.data import Prepared, SampleStream, load_prepared, test_windows
 from pathswitch.errors import RunError
-from pathswitch.run_folder import PathFolder, RunFolder
-from pathswitch.trainer.engine import build_engine, device, llama_config, load, release_weights, save
+from pathswitch.run_folder import PathFolder, RunFolder, tag
+from pathswitch.trainer.engine import build_engine, device, llama_config, load, release_weights
 from pathswitch.trainer.evaluate import evaluate
 from pathswitch.trainer.export import export_release
 from pathswitch.trainer.samples import path_stream
@@ -39,6 +39,7 @@ class Job:
     data: Prepared
     rank: int
     world_size: int
+    on_damage: str | None = None
 
     @property
     def files(self) -> PathFolder:
@@ -59,13 +60,14 @@ class Job:
         return forks | {self.path.end_step} | set(regular)
 
 
-def open_job(out: Path, paradigm: str, name: str) -> Job:
+def open_job(out: Path, paradigm: str, name: str, on_damage: str | None = None) -> Job:
     """Return the job of this rank."""
     folder = RunFolder(out)
     plan_file = folder.plan_file()
     plan = build_plan(plan_file)
     path = plan.path(name, paradigm)  # type: ignore[arg-type]
-    return Job(folder, plan_file, plan, path, load_prepared(folder.data), dist.get_rank(), dist.get_world_size())
+    data = load_prepared(folder.data)
+    return Job(folder, plan_file, plan, path, data, dist.get_rank(), dist.get_world_size(), on_damage)
 
 
 def train_path(job: Job) -> None:
@@ -76,7 +78,7 @@ def train_path(job: Job) -> None:
     """
     with _only_process(job):
         stream = path_stream(job.plan_file, job.path, job.data)
-        engine = build_engine(job.plan_file, job.folder, job.path, job.data.tokenizer.vocab_size)
+        engine = build_engine(job.plan_file, job.folder, job.path, job.data.tokenizer.vocab_size, job.on_damage)
         step = load(engine, job.folder, job.path, lambda state, step: _check_data(job, state, step))
         with _metrics_file(job, step) as metrics:
             _train(job, engine, stream, step, metrics)
@@ -112,7 +114,8 @@ def _train(job: Job, engine: Any, stream: SampleStream, start_step: int, metrics
             }
             metrics.write(json.dumps(record) + "\n")
         if step + 1 in save_steps:
-            save(engine, job.files.checkpoints, step + 1, _client_state(job, step + 1))
+            state = _client_state(job, step + 1)
+            engine.save_checkpoint(str(job.files.checkpoints), tag=tag(step + 1), client_state=state)
 
 
 def _client_state(job: Job, step: int) -> dict[str, Any]:

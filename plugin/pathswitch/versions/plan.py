@@ -7,6 +7,7 @@ same samples as the main path's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -124,6 +125,12 @@ class Plan:
             if names.count(name) > 1:
                 raise ConfigError("[[versions]] name", given=name, allowed="names that differ: this one stands twice")
         self.paths("path_switching")
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that determines the LR of path switching's paths."""
+        fields = {path.name: path.fields for path in self.paths("path_switching")}
+        return digest({name: json.dumps(value, sort_keys=True) for name, value in fields.items()})
 
     @cached_property
     def end_steps(self) -> tuple[int, ...]:

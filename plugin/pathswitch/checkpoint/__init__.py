@@ -1,0 +1,54 @@
+"""Checkpoints as files: manifests, commits, verification, forks and retention; no torch and no deepspeed needed."""
+
+from pathswitch.checkpoint.commit import (
+    begin_save,
+    commit,
+    discard,
+    recover_replaced,
+    staging_folder,
+    write_latest,
+)
+from pathswitch.checkpoint.files import MANIFEST_FILE, FileEntry, hash_file, shard_names
+from pathswitch.checkpoint.manifest import Manifest, Parallelism, Policy, read_key, read_manifest
+from pathswitch.checkpoint.settings import CheckpointSettings, PathSwitchSection, read_section
+from pathswitch.checkpoint.verify import (
+    Finding,
+    VerifyMode,
+    check_files,
+    check_names,
+    checkpoint_folders,
+    checkpoint_state,
+    committed_checkpoints,
+    describe_findings,
+    verify_checkpoint,
+)
+
+__all__ = [
+    "MANIFEST_FILE",
+    "CheckpointSettings",
+    "FileEntry",
+    "Finding",
+    "Manifest",
+    "Parallelism",
+    "PathSwitchSection",
+    "Policy",
+    "VerifyMode",
+    "begin_save",
+    "check_files",
+    "check_names",
+    "checkpoint_folders",
+    "checkpoint_state",
+    "commit",
+    "committed_checkpoints",
+    "describe_findings",
+    "discard",
+    "hash_file",
+    "read_key",
+    "read_manifest",
+    "read_section",
+    "recover_replaced",
+    "shard_names",
+    "staging_folder",
+    "verify_checkpoint",
+    "write_latest",
+]

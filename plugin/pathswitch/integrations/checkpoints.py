@@ -1,0 +1,255 @@
+"""Durable checkpoints of one DeepSpeed engine: what it saves is committed, what it loads is verified."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from pathswitch.checkpoint import (
+    FileEntry,
+    Manifest,
+    Parallelism,
+    Policy,
+    begin_save,
+    commit,
+    discard,
+    hash_file,
+    read_key,
+    read_section,
+    shard_names,
+    staging_folder,
+    write_latest,
+)
+from pathswitch.errors import CheckpointError, ConfigError
+from pathswitch.integrations.collective import describe_os_error, gather, on_first_rank
+from pathswitch.integrations.random_state import random_state_name, save_random_state
+from pathswitch.versions.ledger import Ledger
+from pathswitch.versions.records import CheckpointRecord
+
+GIT_SECONDS = 5
+
+
+@dataclass
+class _Save:
+    """A save that has begun and is not yet committed."""
+
+    folder: Path
+    write_latest: bool
+    client_state: dict[str, Any]
+    written: list[Path] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+class EngineCheckpoints:
+    """Saves for one engine, and what it has to remember between loads and saves.
+
+    Attributes:
+        settings: the ds_config's section "pathswitch".
+        parent: digest of the manifest loaded or saved last.
+        policy: the policy of the fork that this job trains, kept in its own checkpoints.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.section = read_section(engine._config._param_dict)
+        self.settings = self.section.checkpoint
+        self.key = read_key(self.settings.signing_key_file)
+        if self.key is not None and self.settings.verify != "full":
+            allowed = "full: a signature vouches for digests, which the other modes do not compare"
+            raise ConfigError("ds_config pathswitch.checkpoint.verify", given=self.settings.verify, allowed=allowed)
+        if engine.use_node_local_storage():
+            allowed = "false: ranks of other nodes must be able to verify and fork a checkpoint"
+            raise ConfigError("ds_config checkpoint.use_node_local_storage", given=True, allowed=allowed)
+        self.parent: str | None = None
+        self.policy = Policy()
+        self._save: _Save | None = None
+        self._watch(engine.checkpoint_engine)
+
+    def save(
+        self,
+        original: Callable[..., Any],
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        **options: Any,
+    ) -> Any:
+        """Let DeepSpeed write into a hidden folder, which becomes the checkpoint when all ranks are done.
+
+        Raises:
+            CheckpointError: on every rank, if any rank could not write; what was saved before is as it was.
+        """
+        engine = self.engine
+        if self._save is not None:  # a decoupled writer commits with the next update, or here
+            engine._commit_decoupled_checkpoint()
+        tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+        folder = Path(save_dir, tag)
+        on_first_rank(lambda: str(begin_save(folder)))
+        self._save = _Save(folder, save_latest, client_state or {})
+        hidden_tag = os.path.relpath(staging_folder(folder), save_dir)
+        try:
+            return original(engine, save_dir, hidden_tag, client_state or {}, False, **options)
+        except OSError as error:
+            raise CheckpointError(_not_saved(folder, [describe_os_error(error)])) from None
+
+    def _watch(self, writer: Any) -> None:
+        """Note which files DeepSpeed's writer writes on this rank, hold its errors back, and act on its commit.
+
+        A rank that raised at once would leave the others waiting for it in DeepSpeed's next barrier.
+        """
+        write, finish = writer.save, writer.commit
+
+        def watched_save(state_dict: Any, path: Any) -> None:
+            if self._save is None:
+                write(state_dict, path)
+                return
+            self._save.written.append(Path(path))
+            try:
+                write(state_dict, path)
+            except Exception as error:
+                reason = describe_os_error(error) if isinstance(error, OSError) else str(error).splitlines()[0]
+                self._save.failures.append(f"rank {dist.get_rank()}: {path}: {reason}")
+
+        def watched_commit(info: Any) -> Any:
+            result = finish(info)
+            if self._save is not None and Path(info.save_dir, info.tag) == staging_folder(self._save.folder):
+                pending, self._save = self._save, None
+                self._commit(pending)
+            return result
+
+        writer.save, writer.commit = watched_save, watched_commit
+
+    def _commit(self, save: _Save) -> None:
+        """Hash what each rank wrote, in parallel; then rank 0 commits."""
+        staging = staging_folder(save.folder)
+        dist.barrier()
+        own, failure = self._own_entries(save, staging)
+        reports = gather((own, save.failures + ([failure] if failure else [])))
+        failures = [line for _, lines in reports for line in lines]
+        if failures:
+            on_first_rank(lambda: discard(staging))
+            raise CheckpointError(_not_saved(save.folder, failures))
+        entries = {name: entry for files, _ in reversed(reports) for name, entry in files.items()}
+        try:
+            self.parent = on_first_rank(lambda: self._publish(save, entries))
+        except CheckpointError as error:
+            raise CheckpointError(_not_saved(save.folder, [str(error)])) from None
+
+    def _own_entries(self, save: _Save, staging: Path) -> tuple[dict[str, FileEntry], str | None]:
+        """Return the entries of the files that this rank wrote, durable by now, or why there are none."""
+        rank = dist.get_rank()
+        random_state = staging / random_state_name(rank)
+        try:
+            save_random_state(random_state)
+            written = [path for path in {*save.written, random_state} if path.is_file()]
+            return {p.relative_to(staging).as_posix(): hash_file(p, rank=rank, sync=True) for p in written}, None
+        except (OSError, RuntimeError) as error:
+            reason = describe_os_error(error) if isinstance(error, OSError) else str(error).splitlines()[0]
+            return {}, f"rank {rank}: {reason}"
+
+    def _publish(self, save: _Save, entries: dict[str, FileEntry]) -> str:
+        staging = staging_folder(save.folder)
+        # Whatever was written past DeepSpeed's writer, tensors offloaded to NVMe for one.
+        rest = {name: hash_file(staging / name, sync=True) for name in sorted(shard_names(staging) - entries.keys())}
+        manifest = self._manifest(save, dict(sorted({**entries, **rest}.items())))
+        commit(save.folder, manifest, self.key)
+        if save.write_latest:
+            write_latest(save.folder.parent, save.folder.name)
+        self._record(save.folder, manifest)
+        return manifest.digest
+
+    def _manifest(self, save: _Save, files: dict[str, FileEntry]) -> Manifest:
+        engine, scheduler = self.engine, self.engine.lr_scheduler
+        step, samples = scheduler.last_epoch, int(engine.global_samples)
+        return Manifest(
+            tag=save.folder.name,
+            paradigm=scheduler.path.paradigm,
+            path=scheduler.path.name,
+            step=step,
+            global_steps=int(engine.global_steps),
+            samples_seen=samples,
+            tokens_seen=None if self.section.seq_len is None else samples * self.section.seq_len,
+            next_lr=scheduler.path.lr(step),
+            schedule_digest=scheduler.path.digest,
+            plan_digest=scheduler.plan.digest,
+            data_digests=save.client_state.get("pathswitch_data"),
+            parallelism=parallelism(engine),
+            dtype="bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
+            versions=_versions(),
+            git_commit=_git_commit(),
+            parent=self.parent,
+            policy=self.policy,
+            files=files,
+        )
+
+    def _record(self, folder: Path, manifest: Manifest) -> None:
+        """Append the checkpoint to the run's ledger, if there is a run."""
+        if self.section.run is None:
+            return
+        run = Path(self.section.run).resolve()
+        record = CheckpointRecord(
+            manifest=manifest.digest,
+            folder=relative_folder(folder, run),
+            paradigm=manifest.paradigm,
+            path=manifest.path,
+            step=manifest.step,
+            samples_seen=manifest.samples_seen,
+            tokens_seen=manifest.tokens_seen,
+            next_lr=manifest.next_lr,
+            parent=manifest.parent,
+        )
+        Ledger(run / "ledger").append(record)
+
+
+def relative_folder(folder: Path, run: Path) -> str:
+    """Return a folder as the ledger names it: relative to the run where it lies inside."""
+    folder = folder.resolve()
+    return folder.relative_to(run).as_posix() if folder.is_relative_to(run) else folder.as_posix()
+
+
+def parallelism(engine: Any) -> Parallelism:
+    """Return how this engine cuts its shards."""
+    return Parallelism(
+        zero_stage=int(engine.zero_optimization_stage()),
+        world_size=dist.get_world_size(),
+        data_parallel_size=int(engine.seq_dp_world_size),
+        tensor_parallel_size=int(engine.mp_world_size),
+        pipeline_parallel_size=int(getattr(engine, "num_stages", 1)),
+    )
+
+
+def _not_saved(folder: Path, reasons: list[str]) -> str:
+    return f"{folder} was not saved: {'; '.join(reasons)}. What was saved before is as it was"
+
+
+@cache
+def _versions() -> dict[str, str]:
+    packages = {name: package_version(name) for name in ("pathswitch", "torch", "deepspeed")}
+    return {**packages, "python": platform.python_version()}
+
+
+@cache
+def _git_commit() -> str | None:
+    """Return the commit of the training script's tree, with "+" if files of it were changed since."""
+    script = Path(sys.argv[0] or ".").resolve()
+    folder = script.parent if script.is_file() else Path.cwd()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS, check=True)
+        return result.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git, or not a repository

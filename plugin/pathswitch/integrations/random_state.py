@@ -1,0 +1,46 @@
+"""The random states of one rank, so that a resume or a fork draws the numbers that would have come next."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+
+
+def random_state_name(rank: int) -> str:
+    """Return the name of a rank's file in a checkpoint folder."""
+    return f"random_state_rank_{rank:05d}.pt"
+
+
+def save_random_state(path: Path) -> None:
+    """Write the states of Python's, NumPy's, torch's and the accelerator's generators."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    accelerator = get_accelerator()
+    state = {
+        "python": random.getstate(),
+        "numpy": (
+            name,
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ),
+        "torch": torch.get_rng_state(),
+        "accelerator": accelerator.get_rng_state() if accelerator.device_name() != "cpu" else None,
+    }
+    torch.save(state, path)
+
+
+def load_random_state(path: Path) -> None:
+    """Put back what ``save_random_state`` wrote."""
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if state["accelerator"] is not None and get_accelerator().device_name() != "cpu":
+        get_accelerator().set_rng_state(state["accelerator"])
