@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "atomic": set(),
     "score": set(),
     "schedule": {"errors"},
-    "versions": {"errors", "schedule"},
+    "versions": {"errors", "atomic", "schedule"},
     "config": {"errors", "schedule", "versions"},
     "data": {"errors", "atomic"},
     "checkpoint": {"errors", "atomic"},

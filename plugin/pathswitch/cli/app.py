@@ -229,6 +229,17 @@ def compare(runs: Runs, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def log(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder with a ledger.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a run has saved, newest first: checkpoints, forks, releases and perplexities."""
+    from pathswitch.cli.log import log_command
+
+    raise typer.Exit(log_command(folder, as_json, console))
+
+
+@app.command()
 def report(
     runs: Runs,
     out: Annotated[

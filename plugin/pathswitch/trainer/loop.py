@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -77,6 +79,7 @@ def train_path(job: Job) -> None:
         PathSwitchError: the plan, the data and the checkpoints disagree, or another process trains this path.
     """
     with _only_process(job):
+        _seed_generators(_seed(job))
         stream = path_stream(job.plan_file, job.path, job.data)
         engine = build_engine(job.plan_file, job.folder, job.path, job.data.tokenizer.vocab_size, job.on_damage)
         step = load(engine, job.folder, job.path, lambda state, step: _check_data(job, state, step))
@@ -139,6 +142,13 @@ def _check_data(job: Job, state: dict[str, Any], step: int) -> None:
 def _seed(job: Job) -> int:
     assert job.plan_file.train is not None
     return job.plan_file.train.seed
+
+
+def _seed_generators(seed: int) -> None:
+    """Seed the generators whose states are in every checkpoint; nothing is drawn from them here."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def _evaluate(job: Job, engine: Any) -> None:

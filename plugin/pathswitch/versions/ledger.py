@@ -8,17 +8,20 @@ writers have in common is one record, and a clock changes nothing but what is sh
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from pathswitch.atomic import write_bytes_atomic
-from pathswitch.errors import RunError
+from pathswitch.errors import LedgerError
 from pathswitch.versions.records import FORMAT, KINDS, Record, canonical, from_fields
 
 SUFFIX = ".json"
@@ -64,7 +67,7 @@ class Ledger:
         """Write a record, unless it is there, and return its digest; once this returns, the record survives a crash.
 
         Raises:
-            RunError: the folder cannot be written.
+            LedgerError: the folder cannot be written.
         """
         content = canonical(record)
         digest = hashlib.sha256(content).hexdigest()
@@ -77,26 +80,27 @@ class Ledger:
                 # Another writer of the same record may be faster still: then its file is replaced by an equal one.
                 write_bytes_atomic(file, content[:-1] + datetime.now(UTC).strftime(_TIME).encode("ascii"))
         except OSError as error:
-            raise RunError(f"{self.folder}: a record cannot be written ({error.strerror})") from error
+            raise LedgerError(f"{self.folder}: a record cannot be written ({error.strerror})") from error
         return digest
 
     def read(self) -> LedgerContent:
         """Return all records, and by name every file that is none; what a killed writer left behind is ignored.
 
         Raises:
-            RunError: a whole record is of a kind or a format that this release does not know.
+            LedgerError: a whole record is of a kind or a format that this release does not know.
         """
         records: list[StoredRecord] = []
         damaged: list[DamagedFile] = []
-        for name, data in self._files():
-            try:
-                records.append(self._parse(name, data))
-            except ValueError:
-                # A short read, or a file that was replaced at this moment, is not damage: look again, slowly.
+        with _collector_paused():
+            for name, data in self._files():
                 try:
-                    records.append(self._parse(name, (self.folder / name).read_bytes()))
-                except (ValueError, OSError) as error:
-                    damaged.append(DamagedFile(self.folder / name, str(error)))
+                    records.append(self._parse(name, data))
+                except ValueError:
+                    # A short read, or a file that was replaced at this moment, is not damage: look again, slowly.
+                    try:
+                        records.append(self._parse(name, (self.folder / name).read_bytes()))
+                    except (ValueError, OSError) as error:
+                        damaged.append(DamagedFile(self.folder / name, str(error)))
         return LedgerContent(tuple(records), tuple(damaged))
 
     def _files(self) -> list[tuple[str, bytes]]:
@@ -121,7 +125,7 @@ class Ledger:
             raise ValueError("it has no format and no kind")
         version, kind = fields.pop("format"), fields.pop("kind")
         if version != FORMAT or kind not in KINDS:
-            raise RunError(
+            raise LedgerError(
                 f"{self.folder / name}: given a record of format {version!r} and kind {kind!r}; this release of "
                 f"pathswitch reads format {FORMAT} with the kinds {', '.join(KINDS)}: a newer one has written here"
             )
@@ -173,3 +177,15 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Spare the garbage collector from walking over ever more records, none of which is garbage."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
