@@ -80,7 +80,7 @@ def three_groups(model: TinyModel) -> list[dict[str, Any]]:
 
 def engine_of(settings: dict[str, Any], groups: bool = False, **initialize: Any) -> Any:
     """Make an engine; DeepSpeed changes the dictionary it is given, so it gets a copy."""
-    model = TinyModel()
+    model = initialize.pop("model", None) or TinyModel()
     if groups:
         initialize["model_parameters"] = three_groups(model)
     else:

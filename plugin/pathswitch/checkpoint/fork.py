@@ -23,6 +23,7 @@ from pathswitch.checkpoint.verify import Finding, checkpoint_folders, describe_f
 from pathswitch.errors import CheckpointError
 
 Method = Literal["reflink", "hard link", "copy"]
+CompareMode = Literal["full", "sizes"]
 Tick = Callable[[int], None]
 
 FICLONE = 0x40049409  # linux/fs.h
@@ -60,7 +61,7 @@ def fork_checkpoint(
     paradigm: str,
     path: str,
     key: bytes | None = None,
-    verify: Literal["full", "sizes"] = "full",
+    verify: CompareMode = "full",
     verifying: Tick = lambda _: None,
     copying: Tick = lambda _: None,
 ) -> Fork:
@@ -86,7 +87,7 @@ def fork_checkpoint(
     """
     parent = read_manifest(source, key)
     if parent.paradigm != paradigm:
-        raise CheckpointError(f"{source}: a checkpoint of {parent.paradigm}; a branch of {paradigm} cannot fork from it")
+        raise CheckpointError(f"{source}: of paradigm {parent.paradigm}; allowed: {paradigm}, the branch's own")
     manifest = _forked(parent, target.name, path, policy)
     _require_first(target, path)
     try:
@@ -117,11 +118,11 @@ def _forked(parent: Manifest, tag: str, path: str, policy: Policy) -> Manifest:
 
 def _require_first(target: Path, path: str) -> None:
     """Refuse a folder that holds other checkpoints: ``latest`` would leave them for the fork."""
-    others = [folder for folder in checkpoint_folders(target.parent) if folder != target]
+    others = sorted(folder.name for folder in checkpoint_folders(target.parent) if folder != target)
     if others:
         raise CheckpointError(
-            f"{target.parent}: holds checkpoints already ({', '.join(sorted(folder.name for folder in others))}): a "
-            f"fork is the first checkpoint of {path!r}; remove them to begin the branch anew, or fork into another folder"
+            f"{target.parent}: holds other checkpoints ({', '.join(others)}): a fork is the first one of {path!r}; "
+            "remove them to begin the branch anew, or fork into another folder"
         )
 
 
@@ -201,7 +202,7 @@ def _copy(source: Path, target: Path, entry: FileEntry, copying: Tick) -> None:
             copying(size)
     found = hash_file(target, sync=True)
     if found.blake3 != entry.blake3:
-        finding = Finding(str(target), f"blake3 {entry.blake3}", f"blake3 {found.blake3} after copying {source}")
+        finding = Finding(target.name, f"blake3 {entry.blake3}", f"blake3 {found.blake3}, copied from {source}")
         raise CheckpointError(describe_findings(target.parent, [finding]))
 
 

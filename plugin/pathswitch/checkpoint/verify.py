@@ -20,7 +20,7 @@ SHOWN_FINDINGS = 5
 
 @dataclass(frozen=True)
 class Finding:
-    """One file that is not as the manifest says."""
+    """One file, relative to its checkpoint's folder, that is not as the manifest says."""
 
     file: str
     expected: str
@@ -41,20 +41,20 @@ def _check_file(folder: Path, name: str, entry: FileEntry, mode: VerifyMode) -> 
     try:
         size = regular_size(path)
         if size is None:
-            return Finding(str(path), f"{entry.size} bytes", "no such file")
+            return Finding(name, f"{entry.size} bytes", "no such file")
         if size != entry.size:
-            return Finding(str(path), f"{entry.size} bytes", f"{size} bytes")
+            return Finding(name, f"{entry.size} bytes", f"{size} bytes")
         if mode == "full" and (digest := hash_file(path).blake3) != entry.blake3:
-            return Finding(str(path), f"blake3 {entry.blake3}", f"blake3 {digest}")
+            return Finding(name, f"blake3 {entry.blake3}", f"blake3 {digest}")
     except OSError as error:
-        return Finding(str(path), f"{entry.size} bytes", f"unreadable ({error.strerror})")
+        return Finding(name, f"{entry.size} bytes", f"unreadable ({error.strerror})")
     return None
 
 
 def check_names(folder: Path, manifest: Manifest) -> list[Finding]:
     """Find shards that the manifest does not have: DeepSpeed loads by pattern whatever lies in the folder."""
     extra = sorted(name for name in shard_names(folder) - manifest.files.keys() if is_shard(name))
-    return [Finding(str(folder / name), "no such file", "a shard that the manifest does not have") for name in extra]
+    return [Finding(name, "no such file", "a shard that the manifest does not have") for name in extra]
 
 
 def describe_findings(folder: Path, findings: list[Finding]) -> str:

@@ -24,6 +24,10 @@ console = Console()
 PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN.toml", help="The plan file.")]
 ParadigmOption = Annotated[str, typer.Option(help=f"One of {', '.join(PARADIGMS)}.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder with its plan.toml.")]
+KeyOption = Annotated[
+    Path | None, typer.Option("--signing-key-file", metavar="FILE", help="The key that signs manifests.")
+]
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `pathswitch run --out` wrote.")]
 
 
@@ -237,6 +241,77 @@ def log(
     from pathswitch.cli.log import log_command
 
     raise typer.Exit(log_command(folder, as_json, console))
+
+
+@app.command()
+def fork(
+    run_folder: RunArgument,
+    source: Annotated[str, typer.Argument(metavar="main@STEP|main@latest", help="The checkpoint at the fork step.")],
+    to: Annotated[str, typer.Option(help="The branch: a version of the plan.")],
+    reset_moments: Annotated[bool, typer.Option("--reset-moments", help="Adam's moments begin at zero.")] = False,
+    beta2: Annotated[float | None, typer.Option(help="Adam's beta2 on the branch.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="On the branch, where there is any.")] = None,
+    gradient_clipping: Annotated[float | None, typer.Option(help="On the branch; 0: none.")] = None,
+    signing_key_file: KeyOption = None,
+    verify: Annotated[str, typer.Option(metavar="full|sizes", help="What is compared before.")] = "full",
+    into: Annotated[Path | None, typer.Option(help="A folder of checkpoints; the branch's own if absent.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be forked, and change nothing.")] = False,
+) -> None:
+    """Fork a branch: its first checkpoint is made of the main path's files, without copying them if possible."""
+    from pathswitch.cli.fork import fork_branch, fork_policy
+
+    policy = fork_policy(reset_moments, beta2, weight_decay, gradient_clipping)
+    options = {"verify": verify, "key_file": signing_key_file, "into": into, "dry_run": dry_run}
+    fork_branch(run_folder, source, to, policy, **options, console=console)
+
+
+@app.command()
+def gc(
+    run_folder: RunArgument,
+    keep_last: Annotated[int, typer.Option(min=1, help="Resume points to keep of every path.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go, and change nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Prune checkpoints that no path, fork or release needs, and what killed jobs have left behind."""
+    from pathswitch.cli.checkpoints import collect_garbage, show_garbage
+
+    garbage = collect_garbage(run_folder, keep_last, dry_run=dry_run)
+    if as_json:
+        _print_json(garbage.as_json())
+    else:
+        show_garbage(garbage, console, dry_run=dry_run)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a folder or run that holds some.")],
+    mode: Annotated[str, typer.Option(metavar="full|sizes", help="Compare digests, or sizes alone.")] = "full",
+    signing_key_file: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Verify checkpoints against their manifests; exit code 1 if one is damaged or was never committed."""
+    from pathswitch.cli.checkpoints import show_verified, verify_all
+
+    results = verify_all(folder, mode, signing_key_file, console)
+    if as_json:
+        _print_json([result.as_json() for result in results])
+    else:
+        show_verified(results, console)
+    raise typer.Exit(int(any(result.findings for result in results)))
+
+
+@app.command()
+def adopt(
+    folder: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A folder that DeepSpeed wrote.")],
+    step: Annotated[int | None, typer.Option(min=0, help="Updates behind it, if it does not say so.")] = None,
+    path: Annotated[str | None, typer.Option(help="The path that it is of, if it does not say so; else main.")] = None,
+    plan: Annotated[Path | None, typer.Option(metavar="PLAN.toml", help="Its plan, if it holds no schedule.")] = None,
+    signing_key_file: KeyOption = None,
+) -> None:
+    """Commit a checkpoint that stock DeepSpeed or pathswitch 0.1.0 wrote; its model states are unpickled."""
+    from pathswitch.cli.checkpoints import adopt_folder
+
+    adopt_folder(folder, step, path, plan, signing_key_file, console)
 
 
 @app.command()

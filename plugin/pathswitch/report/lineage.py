@@ -18,7 +18,7 @@ from pathswitch.versions.lineage import Lineage, LineagePath, Node
 from pathswitch.versions.records import CheckpointRecord
 
 JSON_FORMAT = 1
-SHORT_DIGEST = 8
+SHORT_DIGEST = 12
 HEADS = ("manifest", "path", "step", "next LR", "tokens", "state")
 _NUMBERS = ("step", "tokens")
 _TITLE, _DIGEST, _MADE, _FAINT, _BAD = (

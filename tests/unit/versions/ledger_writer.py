@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 from pathswitch.versions.ledger import Ledger
@@ -29,6 +30,7 @@ def main(ledger: Ledger, log: Path, writer: int, count: int) -> None:
         # The last one that it noted is written again, as by a job that cannot know whether it had come that far.
         for step in range(max(0, done - 1), count):
             file.write(f"{ledger.append(record(writer, step))}\n".encode())
+            time.sleep(0.0005)  # else whoever is to kill this process at a certain step may come too late
 
 
 if __name__ == "__main__":

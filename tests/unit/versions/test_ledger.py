@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import stat
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from ledger_writer import record as written_record
 
 from pathswitch.errors import LedgerError
 from pathswitch.versions import ledger as ledger_module
@@ -228,7 +230,7 @@ def test_what_killed_writers_left_is_ignored(ledger: Ledger, monkeypatch: pytest
 
 def test_a_folder_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(LedgerError, match="file.*cannot be written"):
+    with pytest.raises(LedgerError, match=r"file.*cannot be written"):
         Ledger(tmp_path / "file").append(CHECKPOINT)
 
 
@@ -265,31 +267,47 @@ def fast_folder(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
+def start_writer(folder: Path, writer: int, count: int, log: str) -> subprocess.Popen[bytes]:
+    arguments = [str(folder / "ledger"), str(folder / log), str(writer), str(count)]
+    return subprocess.Popen([sys.executable, str(WRITER), *arguments])
+
+
+def test_writers_of_the_same_records_do_not_disturb_each_other(fast_folder: Path) -> None:
+    jobs = [start_writer(fast_folder, 0, 300, f"{index}.log") for index in range(4)]
+    assert [job.wait(timeout=120) for job in jobs] == [0] * 4
+    content = Ledger(fast_folder / "ledger").read()
+    assert (len(content.records), content.damaged) == (300, ())
+    assert len(os.listdir(fast_folder / "ledger")) == 300
+
+
 @pytest.mark.slow
 def test_writers_that_are_killed_at_any_moment_lose_nothing_and_garble_nothing(fast_folder: Path) -> None:
-    writers, count, kills = 8, 2_000, 60
-    ledger, dice = Ledger(fast_folder / "ledger"), random.Random(7)
-
-    def start(writer: int) -> subprocess.Popen[bytes]:
-        log = fast_folder / f"{writer}.log"
-        return subprocess.Popen([sys.executable, str(WRITER), str(ledger.folder), str(log), str(writer), str(count)])
-
-    jobs = [start(writer) for writer in range(writers)]
+    writers, count, dice = range(8), 2_000, random.Random(7)
+    ledger, line = Ledger(fast_folder / "ledger"), 65
+    ends = {writer: sorted(dice.sample(range(1, count - 200), 6)) for writer in writers}
+    jobs = {writer: start_writer(fast_folder, writer, count, f"{writer}.log") for writer in writers}
     killed = 0
-    while killed < kills and any(job.poll() is None for job in jobs):
-        time.sleep(dice.uniform(0.0, 0.15))
-        writer = dice.randrange(writers)
-        if jobs[writer].poll() is None:
-            jobs[writer].kill()
-            jobs[writer].wait()
-            killed += 1
-            check(ledger, fast_folder)
-            jobs[writer] = start(writer)
-    assert killed >= 20
-    assert [job.wait(timeout=120) for job in jobs] == [0] * writers
+    while any(ends.values()):
+        writer = dice.choice([writer for writer in writers if ends[writer]])
+        log = fast_folder / f"{writer}.log"
+        if log.is_file() and log.stat().st_size >= ends[writer][0] * line:
+            time.sleep(dice.uniform(0, 0.001))
+            jobs[writer].send_signal(signal.SIGKILL)
+            killed += jobs[writer].wait() == -signal.SIGKILL
+            noted = log.stat().st_size // line
+            ends[writer] = [end for end in ends[writer] if end > noted]
+            jobs[writer] = start_writer(fast_folder, writer, count, log.name)
+            if killed % 8 == 0:
+                check(ledger, fast_folder)
+        time.sleep(0.0005)
+    assert killed >= len(writers)
+    assert [jobs[writer].wait(timeout=120) for writer in writers] == [0] * len(writers)
     check(ledger, fast_folder)
-    steps = sorted((s.record.path, s.record.step) for s in ledger.read().records if s.record.kind == "checkpoint")
-    assert steps == [(f"w{writer}", step) for writer in range(writers) for step in range(count)]
+    assert any(name.endswith(".tmp") for name in os.listdir(ledger.folder)), "no writer was killed while it wrote"
+    expected = {written_record(writer, step) for writer in writers for step in range(count)}
+    stored = [stored.record for stored in ledger.read().records]
+    assert len(stored) == len(expected) == len(writers) * count
+    assert set(stored) == expected
 
 
 def check(ledger: Ledger, logs: Path) -> None:
