@@ -111,9 +111,9 @@ def fork_checkpoint(
 
 
 def _forked(parent: Manifest, tag: str, path: str, policy: Policy) -> Manifest:
-    # Not model_copy, which would take the cached digest along.
+    # Not model_copy, which would take the cached content and digest along.
     changes = {"tag": tag, "path": path, "parent": parent.digest, "forked_from": parent.digest, "policy": policy}
-    return Manifest(**{**dict(parent), **changes})
+    return Manifest.model_validate({**parent.model_dump(), **changes})
 
 
 def _require_first(target: Path, path: str) -> None:

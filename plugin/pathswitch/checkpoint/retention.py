@@ -91,7 +91,7 @@ def _reasons(
     yield from ((c.folder, "`latest` names it") for c in group if c.is_latest)
     yield from ((c.folder, "resume point") for c in group[-keep_last:])
     if path.complete:
-        yield from ((c.folder, f"{name} was released from it") for c in group if c.step == path.end_step)
+        yield from ((c.folder, f"{name} ended there") for c in group if c.step == path.end_step)
     for branch in planned.values():
         if branch.paradigm == paradigm and branch.parent == name and branch.start_step > 0:
             yield from _fork_points(branch, group)

@@ -261,8 +261,17 @@ def fork(
     from pathswitch.cli.fork import fork_branch, fork_policy
 
     policy = fork_policy(reset_moments, beta2, weight_decay, gradient_clipping)
-    options = {"verify": verify, "key_file": signing_key_file, "into": into, "dry_run": dry_run}
-    fork_branch(run_folder, source, to, policy, **options, console=console)
+    fork_branch(
+        run_folder,
+        source,
+        to,
+        policy,
+        verify=verify,
+        key_file=signing_key_file,
+        into=into,
+        dry_run=dry_run,
+        console=console,
+    )
 
 
 @app.command()
@@ -292,7 +301,7 @@ def verify(
     """Verify checkpoints against their manifests; exit code 1 if one is damaged or was never committed."""
     from pathswitch.cli.checkpoints import show_verified, verify_all
 
-    results = verify_all(folder, mode, signing_key_file, console)
+    results = verify_all(folder, mode, signing_key_file)
     if as_json:
         _print_json([result.as_json() for result in results])
     else:

@@ -73,7 +73,7 @@ class Verified:
         return {"folder": str(self.folder), **known, "digest": digest, "whole": not problems, "problems": problems}
 
 
-def verify_all(root: Path, mode_text: str, key_file: Path | None, console: Console) -> list[Verified]:
+def verify_all(root: Path, mode_text: str, key_file: Path | None) -> list[Verified]:
     """Verify every checkpoint in and below a folder, and those that the ledger of a run places elsewhere.
 
     Raises:
@@ -86,7 +86,7 @@ def verify_all(root: Path, mode_text: str, key_file: Path | None, console: Conso
     folders += sorted(f for f in recorded if f.is_dir() and not f.is_relative_to(root.resolve()))
     if not folders:
         raise ConfigError("PATH", given=str(root), allowed="a checkpoint, or a folder that holds checkpoints")
-    with ByteProgress(console) as progress:
+    with ByteProgress() as progress:
         return [_verify(folder, mode, key, progress) for folder in folders]
 
 

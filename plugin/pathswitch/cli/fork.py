@@ -88,7 +88,7 @@ def fork_branch(
     with path_lock(folder.path(branch), shared=True) as held:
         if held is False:
             raise RunError(f"{folder.path(branch).folder}: a job is training {to!r}; fork it before it is trained")
-        fork = _fork(found, target, manifest, branch, policy, key, mode, console)
+        fork = _fork(found, target, manifest, branch, policy, key, mode)
     record = BranchRecord(
         manifest=fork.manifest.digest,
         folder=ledger_name(fork.folder, run),
@@ -193,10 +193,9 @@ def _fork(
     policy: Policy,
     key: bytes | None,
     mode: CompareMode,
-    console: Console,
 ) -> Fork:
     total = sum(entry.size for entry in manifest.files.values())
-    with ByteProgress(console) as progress:
+    with ByteProgress() as progress:
         return fork_checkpoint(
             found,
             target,

@@ -89,12 +89,12 @@ def compare_mode(option: str, mode: str, key: bytes | None) -> CompareMode:
 
 
 class ByteProgress:
-    """Shows how many bytes are done: bars on a terminal, a plain line every few seconds in a log."""
+    """Shows on stderr how many bytes are done: bars on a terminal, a plain line every few seconds in a log."""
 
-    def __init__(self, console: Console) -> None:
-        self._console, self._last_line = console, time.monotonic()
+    def __init__(self) -> None:
+        self._console, self._last_line = Console(stderr=True), time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(compact=True))
-        self._bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._bars = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
 
     def __enter__(self) -> ByteProgress:
         """Begin to show."""

@@ -1,0 +1,83 @@
+"""Checkpoints go on with another number of ranks: the same bits are loaded, and training goes on with the same LR."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import ds_job
+import pytest
+from harness import PLAN
+
+from pathswitch.config import plan_from_params
+
+pytestmark = pytest.mark.slow
+STAGES = ("1", "2", "3")
+# Job, its ranks, and the job whose checkpoints it loads: 4 to 2, 2 to 1, 1 to 2.
+JOBS = (("four", 4, ""), ("two", 2, "four"), ("one", 1, "two"), ("two again", 2, "one"))
+LOADS = [(name, other) for name, _, other in JOBS if other]
+# Another number of ranks adds the same gradients up in another order: a rounding error of fp32 per update.
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-6, 1e-6
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What rank 0 of each job saw."""
+    folder, result = tmp_path_factory.mktemp("sizes"), {}
+    for name, ranks, other in JOBS:
+        command = ds_job.deepspeed_command(
+            "worker_sizes.py", f"--name={name}", f"--load={other}", str(folder), ranks=ranks
+        )
+        job = ds_job.run(command, folder, timeout_seconds=200)
+        assert job.returncode == 0, job.output[-4000:]
+        result[name] = json.loads((folder / f"{name}_record" / "rank0.json").read_text())
+    return result
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("name", "other"), LOADS)
+def test_the_same_bits_are_loaded(records: dict[str, Any], name: str, other: str, stage: str) -> None:
+    saved, loaded = records[other]["saved"][stage], records[name][other][stage]
+    assert len(saved["state"]) == 4 * 3 + 2, "four parameters with two moments each, steps, weight decays"
+    assert loaded["state"] == saved["state"]
+    assert loaded["loaded"].endswith(f"{other}/stage{stage}/global_step4")
+    assert not [left for left in loaded["left"] if left.startswith(".")], "the converted copy is gone"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("name", "other"), LOADS)
+def test_training_goes_on_alike(records: dict[str, Any], name: str, other: str, stage: str) -> None:
+    saved, loaded = records[other]["saved"][stage], records[name][other][stage]
+    assert [lr for lr, _ in loaded["rows"]] == [lr for lr, _ in saved["rows"]]
+    assert [loss for _, loss in loaded["rows"]] == pytest.approx(
+        [loss for _, loss in saved["rows"]], rel=LOSS_TOLERANCE
+    )
+    later, expected = loaded["later"], saved["later"]
+    assert (later["steps"], later["decays"]) == ([8], [0.1, 0.0]), "one count per update, each group's own weight decay"
+    for name_in_model in (key for key in expected if "/" in key):
+        flat, flat_expected = later[name_in_model], expected[name_in_model]
+        assert flat == pytest.approx(flat_expected, abs=WEIGHT_TOLERANCE), name_in_model
+
+
+@pytest.mark.parametrize(("name", "other"), LOADS)
+def test_a_branch_may_have_another_size(records: dict[str, Any], name: str, other: str) -> None:
+    branch = plan_from_params(PLAN).path("v1")
+    rows = records[name][other]["1"]["branch"]
+    assert [lr for lr, _ in rows] == [branch.lr(step) for step in range(4, 8)]
+    # Its first update is the main path's own next one.
+    assert rows[0][1] == pytest.approx(records[other]["saved"]["1"]["rows"][0][1], rel=LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize(("name", "other"), LOADS)
+def test_layouts(records: dict[str, Any], name: str, other: str) -> None:
+    layouts = records[name]["layouts"]
+    assert (layouts["1 to 2"], layouts["2 to 1"]) == ("", "")
+    for there, here in ((1, 3), (3, 1), (0, 1), (1, 0)):
+        error = layouts[f"{there} to {here}"]
+        assert error.startswith("CheckpointError: ")
+        assert f"saved under ZeRO stage {there}, this job has stage {here}; allowed: stage" in error
+
+
+@pytest.mark.parametrize(("name", "other"), LOADS)
+def test_damage_is_found_by_other_ranks_than_those_that_wrote(records: dict[str, Any], name: str, other: str) -> None:
+    assert "optim_states.pt: expected " in records[name]["damaged"]
