@@ -146,7 +146,10 @@ def _existing(source: Path, target: Path, manifest: Manifest, key: bytes | None)
 def _origin(manifest: Manifest) -> str:
     if manifest.forked_from is None:
         return f"checkpoint {manifest.digest[:SHORT_DIGEST]} of {manifest.path!r}, which is not a fork"
-    changes = ", ".join(f"{name} = {value}" for name, value in manifest.policy.changes().items()) or "no changes"
+    changes = (
+        ", ".join(f"{name} = {value}" for name, value in manifest.policy.model_dump(exclude_defaults=True).items())
+        or "no changes"
+    )
     return f"checkpoint {manifest.forked_from[:SHORT_DIGEST]} for {manifest.path!r} with {changes}"
 
 

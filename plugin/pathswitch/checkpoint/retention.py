@@ -93,7 +93,7 @@ def _reasons(
     if path.complete:
         yield from ((c.folder, f"{name} ended there") for c in group if c.step == path.end_step)
     for branch in planned.values():
-        if branch.paradigm == paradigm and branch.parent == name and branch.start_step > 0:
+        if branch.paradigm == paradigm and branch.parent == name:
             yield from _fork_points(branch, group)
     yield from ((c.folder, pinned[c.digest]) for c in group if c.digest in pinned)
 

@@ -87,7 +87,8 @@ def verify_all(root: Path, mode_text: str, key_file: Path | None) -> list[Verifi
     if not folders:
         raise ConfigError("PATH", given=str(root), allowed="a checkpoint, or a folder that holds checkpoints")
     with ByteProgress() as progress:
-        return [_verify(folder, mode, key, progress) for folder in folders]
+        results = [_verify(folder, mode, key, progress) for folder in folders]
+    return sorted(results, key=lambda r: (r.folder.parent, -1 if r.manifest is None else r.manifest.step, r.folder))
 
 
 def _verify(folder: Path, mode: CompareMode, key: bytes | None, progress: ByteProgress) -> Verified:
@@ -95,9 +96,7 @@ def _verify(folder: Path, mode: CompareMode, key: bytes | None, progress: BytePr
         manifest = read_manifest(folder, key)
     except CheckpointError as error:
         said = str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder / MANIFEST_FILE}: ")
-        return Verified(
-            folder, None, [Finding(str(folder / MANIFEST_FILE), "the manifest of a whole checkpoint", said)]
-        )
+        return Verified(folder, None, [Finding(MANIFEST_FILE, "the manifest of a whole checkpoint", said)])
     findings = check_names(folder, manifest)
     tick = progress.ticker(folder.name, sum(entry.size for entry in manifest.files.values()))
     for name, entry in manifest.files.items():
@@ -108,18 +107,18 @@ def _verify(folder: Path, mode: CompareMode, key: bytes | None, progress: BytePr
 
 def show_verified(results: list[Verified], console: Console) -> None:
     """Print one row for each checkpoint, then every problem."""
-    table = Table("path", "step", "size", "", "checkpoint", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table("path", "checkpoint", "step", "size", "", box=box.SIMPLE_HEAD, pad_edge=False)
     for result in results:
         state = "whole" if not result.findings else "damaged" if result.manifest else "not committed"
-        row = ["–", "–", "–"]
+        path, step, total = "–", "–", "–"
         if (manifest := result.manifest) is not None:
             size = sum(entry.size for entry in manifest.files.values())
-            row = [f"{manifest.paradigm}/{manifest.path}", f"{manifest.step:,}", decimal(size)]
-        table.add_row(*row, state, str(result.folder))
+            path, step, total = f"{manifest.paradigm}/{manifest.path}", f"{manifest.step:,}", decimal(size)
+        table.add_row(path, result.folder.name, step, total, state)
     console.print(table)
     for result in results:
         for finding in result.findings:
-            say(console, str(finding))
+            say(console, f"{result.folder}: {finding}")
 
 
 @dataclass(frozen=True)
@@ -273,11 +272,11 @@ def _remove(run: Path, pruned: list[Path], unfinished: list[Path], leftovers: li
 
 def show_garbage(garbage: Garbage, console: Console, *, dry_run: bool) -> None:
     """Print every checkpoint with what becomes of it and why."""
-    table = Table("checkpoint", "step", "", "why", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table("path", "checkpoint", "step", "", "why", box=box.SIMPLE_HEAD, pad_edge=False)
     for decision in garbage.decisions:
         checkpoint = decision.checkpoint
-        place = ledger_name(checkpoint.folder, garbage.run)
-        table.add_row(place, f"{checkpoint.step:,}", "keep" if decision.keep else "prune", decision.reason)
+        path, what = f"{checkpoint.paradigm}/{checkpoint.path}", "keep" if decision.keep else "prune"
+        table.add_row(path, checkpoint.folder.name, f"{checkpoint.step:,}", what, decision.reason)
     console.print(table)
     for unusable in garbage.unusable:
         say(console, f"left alone: {unusable.reason}")

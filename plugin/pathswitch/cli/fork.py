@@ -97,7 +97,7 @@ def fork_branch(
         parent_path=parent.name,
         fork_step=branch.start_step,
         parent=manifest.digest,
-        policy=policy.changes(),
+        policy=policy.model_dump(exclude_defaults=True),
     )
     ledger_of(run).append(record)  # one and the same record, however often a fork is run again
     how = f"forked by {fork.method}" if fork.created else "forked already"
@@ -180,9 +180,9 @@ def _fork_lines(
         yield f"            {step:>10}  {parent.lr(step)!r:<24}{branch.lr(step)!r}"
     moments = "" if policy.reset_moments else "Adam's moments and step, "
     yield f"kept        weights, {moments}random states, place in the data"
-    values = [f"{name} = {value}" for name, value in policy.changes().items() if name != "reset_moments"]
-    changes = ["Adam's moments and step begin at zero"] * policy.reset_moments + values
-    yield f"changed     {', '.join(['path and LR schedule', *changes])}"
+    values = policy.model_dump(exclude_defaults=True, exclude={"reset_moments"})
+    changes = ["path and LR schedule", *["Adam's moments and step begin at zero"] * policy.reset_moments]
+    yield f"changed     {', '.join([*changes, *(f'{name} = {value}' for name, value in values.items())])}"
 
 
 def _fork(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -73,7 +75,9 @@ class EngineCheckpoints:
         self.parent: str | None = None
         self.policy = Policy()
         self._save: _Save | None = None
-        self._watch(engine.checkpoint_engine)
+        self._watched_writer: Any = None
+        copy_script = engine._copy_recovery_script
+        engine._copy_recovery_script = lambda save_dir: self._holding_back(save_dir, lambda: copy_script(save_dir))
 
     def save(
         self,
@@ -90,6 +94,7 @@ class EngineCheckpoints:
             CheckpointError: on every rank, if any rank could not write; what was saved before is as it was.
         """
         engine = self.engine
+        self._watch(engine.checkpoint_engine)
         if self._save is not None:  # a decoupled writer commits with the next update, or here
             engine._commit_decoupled_checkpoint()
         tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
@@ -99,26 +104,25 @@ class EngineCheckpoints:
         hidden_tag = os.path.relpath(staging_folder(folder), save_dir)
         try:
             return original(engine, save_dir, hidden_tag, client_state or {}, False, **options)
-        except OSError as error:
-            raise CheckpointError(_not_saved(folder, [describe_os_error(error)])) from None
+        except BaseException:
+            self._save = None
+            raise
 
     def _watch(self, writer: Any) -> None:
-        """Note which files DeepSpeed's writer writes on this rank, hold its errors back, and act on its commit.
+        """Note which files DeepSpeed's writer writes on this rank, hold errors back, and act on its commit.
 
         A rank that raised at once would leave the others waiting for it in DeepSpeed's next barrier.
         """
-        write, finish = writer.save, writer.commit
+        if writer is self._watched_writer:
+            return
+        self._watched_writer, write, finish = writer, writer.save, writer.commit
 
         def watched_save(state_dict: Any, path: Any) -> None:
             if self._save is None:
                 write(state_dict, path)
-                return
-            self._save.written.append(Path(path))
-            try:
-                write(state_dict, path)
-            except Exception as error:
-                reason = describe_os_error(error) if isinstance(error, OSError) else str(error).splitlines()[0]
-                self._save.failures.append(f"rank {dist.get_rank()}: {path}: {reason}")
+            else:
+                self._save.written.append(Path(path))
+                self._holding_back(path, lambda: write(state_dict, path))
 
         def watched_commit(info: Any) -> Any:
             result = finish(info)
@@ -128,6 +132,25 @@ class EngineCheckpoints:
             return result
 
         writer.save, writer.commit = watched_save, watched_commit
+        if writer.is_decoupled():
+            atexit.register(self._close, writer)
+
+    def _close(self, writer: Any) -> None:
+        """Commit the last save of a decoupled writer and end its process, which would keep this one from ending."""
+        if hasattr(sys, "last_value"):
+            self._save = None  # this rank has failed: the others will not meet it in a commit
+        writer.cleanup()
+
+    def _holding_back(self, path: Any, action: Callable[[], object]) -> None:
+        """Run a part of a save; its error is told to all ranks when the save is to be committed."""
+        try:
+            action()
+        except Exception as error:
+            if self._save is None:
+                raise
+            # torch's writer says what it could not do, but not why.
+            free = shutil.disk_usage(self._save.folder.parent).free
+            self._save.failures.append(f"rank {dist.get_rank()}: {path}: {_reason(error)} ({free} bytes free there)")
 
     def _commit(self, save: _Save) -> None:
         """Hash what each rank wrote, in parallel; then rank 0 commits."""
@@ -154,8 +177,7 @@ class EngineCheckpoints:
             written = [path for path in {*save.written, random_state} if path.is_file()]
             return {p.relative_to(staging).as_posix(): hash_file(p, rank=rank, sync=True) for p in written}, None
         except (OSError, RuntimeError) as error:
-            reason = describe_os_error(error) if isinstance(error, OSError) else str(error).splitlines()[0]
-            return {}, f"rank {rank}: {reason}"
+            return {}, f"rank {rank}: {_reason(error)}"
 
     def _publish(self, save: _Save, entries: dict[str, FileEntry]) -> str:
         staging = staging_folder(save.folder)
@@ -226,6 +248,10 @@ def parallelism(engine: Any) -> Parallelism:
         tensor_parallel_size=int(engine.mp_world_size),
         pipeline_parallel_size=int(getattr(engine, "num_stages", 1)),
     )
+
+
+def _reason(error: Exception) -> str:
+    return describe_os_error(error) if isinstance(error, OSError) else str(error).partition("\n")[0]
 
 
 def _not_saved(folder: Path, reasons: list[str]) -> str:

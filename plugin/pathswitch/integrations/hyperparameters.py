@@ -55,6 +55,14 @@ def apply_policy(engine: Any, optimizer: torch.optim.Optimizer, policy: Policy, 
         _reset_moments(engine, optimizer)
 
 
+def clipping(engine: Any) -> float:
+    """Return the norm that gradients are clipped to: ZeRO 1 and 2 take it from the checkpoint."""
+    for wrapper in _wrappers(engine.optimizer):
+        if hasattr(wrapper, "clip_grad"):
+            return float(wrapper.clip_grad)
+    return float(engine.gradient_clipping())
+
+
 def _set_clipping(engine: Any, value: float) -> None:
     engine._config.gradient_clipping = value
     for wrapper in _wrappers(engine.optimizer):

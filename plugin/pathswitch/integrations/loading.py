@@ -24,7 +24,7 @@ from pathswitch.checkpoint import (
 from pathswitch.errors import CheckpointError
 from pathswitch.integrations.checkpoints import EngineCheckpoints, parallelism
 from pathswitch.integrations.collective import gather, on_first_rank
-from pathswitch.integrations.hyperparameters import apply_policy, differing_settings, group_settings
+from pathswitch.integrations.hyperparameters import apply_policy, clipping, differing_settings, group_settings
 from pathswitch.integrations.random_state import load_random_state, random_state_name
 from pathswitch.integrations.universal import converted, needs_conversion, repair_optimizer
 from pathswitch.versions import Path as TrainingPath
@@ -200,7 +200,10 @@ def _continue(checkpoints: EngineCheckpoints, manifest: Manifest, configured: li
     """Apply the fork's policy, and say where the checkpoint's settings stand against the configuration's."""
     optimizer = checkpoints.engine.lr_scheduler.optimizer
     if dist.get_rank() == 0 and not manifest.policy.changes():
-        for line in differing_settings(configured, group_settings(optimizer)):
+        differing = differing_settings(configured, group_settings(optimizer))
+        if (clip := checkpoints.engine.gradient_clipping()) != clipping(checkpoints.engine):
+            differing.append(f"gradient_clipping: ds_config {clip}, checkpoint {clipping(checkpoints.engine)}")
+        for line in differing:
             logger.warning("pathswitch: %s: the checkpoint's holds; `pathswitch fork` can change it for a branch", line)
     checkpoints.policy = manifest.policy
     apply_policy(checkpoints.engine, optimizer, manifest.policy, at_fork=manifest.forked_from is not None)

@@ -174,6 +174,14 @@ def test_a_fork_may_have_the_manifest_of_what_it_was_forked_from() -> None:
         replace(branch("a", 280), manifest=manifest("main", 280)),
     ]
     assert paths_of(records)["v4"].fork == Fork("main", 280, manifest("main", 280))
+    of_branch = replace(branch("a", 200, "v1"), manifest=manifest("v1", 200))
+    records = [*path_switching(), *chain("v4", [300], manifest("v1", 200)), of_branch]
+    assert paths_of(records)["v4"].fork == Fork("v1", 200, manifest("v1", 200))
+
+
+def test_a_path_does_not_leave_itself() -> None:
+    records = [*path_switching(), *chain("v4", [300, 310], "lost"), checkpoint("v4", 320, manifest("main", 280))]
+    assert paths_of(records)["v4"].fork == Fork("main", 280, manifest("main", 280))
 
 
 def test_a_branch_of_a_fork_that_has_no_checkpoints_yet() -> None:
