@@ -1,11 +1,12 @@
 """The run folder: where a plan's paradigms and paths keep their files, and what must not change between two runs.
 
-OUT/plan.toml  OUT/run.json  OUT/data/  OUT/<paradigm>/<path>/{checkpoints/, release/, metrics.jsonl, log.txt,
-evaluation.json, done.json}
+OUT/plan.toml  OUT/run.json  OUT/data/  OUT/ledger/
+OUT/<paradigm>/<path>/{checkpoints/, release/, metrics.jsonl, log.txt, evaluation.json, done.json}
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -21,6 +22,8 @@ from pathswitch.config import PlanFile, build_plan, load_plan_file
 from pathswitch.errors import RunError
 from pathswitch.versions import PARADIGMS, Plan, Version
 from pathswitch.versions import Path as TrainingPath
+from pathswitch.versions.ledger import run_ledger
+from pathswitch.versions.records import PlanRecord
 
 FORMAT = 1
 PLAN_FILE, RUN_FILE = "plan.toml", "run.json"
@@ -126,8 +129,9 @@ class RunFolder:
             self.out.mkdir(parents=True, exist_ok=True)
             if (self.out / PLAN_FILE).is_file():
                 self._require_continuation(self.plan_file(), plan_file)
-            content = plan_file.model_dump(mode="json", exclude_unset=True)
-            write_text_atomic(self.out / PLAN_FILE, tomli_w.dumps(content))
+            text = tomli_w.dumps(plan_file.model_dump(mode="json", exclude_unset=True))
+            write_text_atomic(self.out / PLAN_FILE, text)
+            run_ledger(self.out).append(PlanRecord(hashlib.sha256(text.encode()).hexdigest(), text))
             train = plan_file.train
             run: dict[str, Any] = {"seed": train.seed, "ranks": train.ranks} if train else {}
             record = {"format": FORMAT, **run, "environment": environment()}

@@ -8,7 +8,7 @@ from pathswitch.checkpoint.commit import (
     staging_folder,
     write_latest,
 )
-from pathswitch.checkpoint.files import MANIFEST_FILE, FileEntry, hash_file, shard_names
+from pathswitch.checkpoint.files import MANIFEST_FILE, FileEntry, digest_bytes, hash_file, shard_names
 from pathswitch.checkpoint.manifest import Manifest, Parallelism, Policy, read_key, read_manifest
 from pathswitch.checkpoint.settings import CheckpointSettings, PathSwitchSection, read_section
 from pathswitch.checkpoint.verify import (
@@ -41,6 +41,7 @@ __all__ = [
     "commit",
     "committed_checkpoints",
     "describe_findings",
+    "digest_bytes",
     "discard",
     "hash_file",
     "read_key",

@@ -12,7 +12,7 @@ from rich.console import Console
 from pathswitch.checkpoint import checkpoint_state
 from pathswitch.errors import RunError
 from pathswitch.report.lineage import draw, to_json
-from pathswitch.versions.ledger import Ledger
+from pathswitch.versions.ledger import run_ledger
 from pathswitch.versions.lineage import FolderState, lineages
 
 
@@ -22,10 +22,10 @@ def log_command(run: Path, as_json: bool, console: Console) -> int:
     Raises:
         RunError: the folder has no ledger.
     """
-    folder = run / "ledger"
-    if not folder.is_dir():
-        raise RunError(f"RUN: given {str(run)!r}, where no records were written: {folder} is not a folder")
-    content = Ledger(folder).read()
+    ledger = run_ledger(run)
+    if not ledger.folder.is_dir():
+        raise RunError(f"RUN: given {str(run)!r}, where no records were written: {ledger.folder} is not a folder")
+    content = ledger.read()
 
     def state_of(checkpoint: str, manifest: str) -> FolderState:
         return checkpoint_state(run / checkpoint, manifest)

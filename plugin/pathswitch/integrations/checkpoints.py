@@ -35,7 +35,7 @@ from pathswitch.checkpoint import (
 from pathswitch.errors import CheckpointError, ConfigError
 from pathswitch.integrations.collective import describe_os_error, gather, on_first_rank
 from pathswitch.integrations.random_state import random_state_name, save_random_state
-from pathswitch.versions.ledger import Ledger
+from pathswitch.versions.ledger import run_ledger
 from pathswitch.versions.records import CheckpointRecord
 
 GIT_SECONDS = 5
@@ -230,7 +230,7 @@ class EngineCheckpoints:
             next_lr=manifest.next_lr,
             parent=manifest.parent,
         )
-        Ledger(run / "ledger").append(record)
+        run_ledger(run).append(record)
 
 
 def relative_folder(folder: Path, run: Path) -> str:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from pathswitch.atomic import write_text_atomic
+from pathswitch.checkpoint import digest_bytes, hash_file
 from pathswitch.config import PlanFile, build_plan
 from pathswitch.data import Prepared, SampleStream, load_prepared, test_windows
 from pathswitch.errors import RunError
@@ -28,6 +29,10 @@ from pathswitch.trainer.export import export_release
 from pathswitch.trainer.samples import path_stream
 from pathswitch.versions import Path as TrainingPath
 from pathswitch.versions import Plan
+from pathswitch.versions.ledger import run_ledger
+from pathswitch.versions.records import EvaluationRecord, ReleaseRecord
+
+LOCK_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,8 @@ def _evaluate(job: Job, engine: Any) -> None:
     if job.is_first_rank:
         content = {"step": job.path.end_step, "test_sets": results}
         write_text_atomic(job.files.evaluation, json.dumps(content, indent=1) + "\n")
+        perplexity = {name: result["perplexity"] for name, result in results.items()}
+        run_ledger(job.folder.out).append(EvaluationRecord(**_origin(job, engine), perplexity=perplexity))
     if engine.monitor.enabled:
         samples = engine.global_samples
         engine.monitor.write_events(
@@ -196,6 +203,20 @@ def _release(job: Job, engine: Any) -> None:
             metadata=metadata,
             eos_token_id=job.data.tokenizer.eos_id,
         )
+        release = job.files.release
+        files = {file.name: hash_file(file).blake3 for file in sorted(release.iterdir())}
+        record = ReleaseRecord(
+            folder=release.relative_to(job.folder.out).as_posix(),
+            **_origin(job, engine),
+            digest=digest_bytes(json.dumps(files).encode()),
+        )
+        run_ledger(job.folder.out).append(record)
+
+
+def _origin(job: Job, engine: Any) -> dict[str, Any]:
+    """Return what a record says about where a release or an evaluation comes from: this job's last checkpoint."""
+    path, checkpoint = job.path, engine.pathswitch_checkpoints.parent
+    return {"paradigm": path.paradigm, "path": path.name, "step": path.end_step, "checkpoint": checkpoint}
 
 
 def _write_completion(job: Job) -> None:
@@ -234,11 +255,16 @@ def _only_process(job: Job) -> Iterator[None]:
         return
     job.files.folder.mkdir(parents=True, exist_ok=True)
     with (job.files.folder / "lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise RunError(f"{job.files.folder}: process {lock.read().strip()} is training this path") from None
+        for attempt in range(LOCK_ATTEMPTS):  # `pathswitch log` holds it for an instant to see whether it is free
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt + 1 == LOCK_ATTEMPTS:
+                    lock.seek(0)
+                    message = f"{job.files.folder}: process {lock.read().strip()} is training this path"
+                    raise RunError(message) from None
+                time.sleep(0.1)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

@@ -190,3 +190,8 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def run_ledger(run: Path) -> Ledger:
+    """Return the ledger of a run folder."""
+    return Ledger(run / "ledger")
