@@ -11,6 +11,7 @@ from pathlib import Path
 from pathswitch.checkpoint.commit import discard
 from pathswitch.checkpoint.files import MANIFEST_FILE, is_shard, sync_folder
 from pathswitch.checkpoint.manifest import Manifest, read_manifest
+from pathswitch.errors import CheckpointError
 
 PRUNING = ".pruning"
 
@@ -114,8 +115,10 @@ def pruned_folder(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}{PRUNING}")
 
 
-def prune(folder: Path, record: Callable[[Path, Manifest], None]) -> None:
+def prune(folder: Path, digest: str, record: Callable[[Path, Manifest], None]) -> None:
     """Remove a committed checkpoint: it vanishes as a whole, and is recorded once its shards are gone.
+
+    Nothing happens if the folder holds another checkpoint by now, or none: a job saves, or another process prunes.
 
     Raises:
         OSError: the folder cannot be renamed or emptied; the next run goes on.
@@ -124,9 +127,11 @@ def prune(folder: Path, record: Callable[[Path, Manifest], None]) -> None:
     if hidden.is_dir():  # of an earlier checkpoint of the same name
         finish_pruning(hidden, record)
     try:
+        if read_manifest(folder).digest != digest:
+            return
         os.rename(folder, hidden)
-    except FileNotFoundError:
-        return  # another process has just removed it
+    except (CheckpointError, FileNotFoundError):
+        return
     sync_folder(folder.parent)
     finish_pruning(hidden, record)
 

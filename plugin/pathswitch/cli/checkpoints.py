@@ -176,10 +176,10 @@ def collect_garbage(run: Path, keep_last: int, *, dry_run: bool) -> Garbage:
     parents = {files.checkpoints.resolve() for _, _, files in trained_paths(run)}
     parents |= {folder.parent for folder in recorded_checkpoints(run, records)}
     unfinished = [hidden for parent in sorted(parents) for hidden in unfinished_prunings(parent)]
-    pruned = [decision.checkpoint.folder for decision in decisions if not decision.keep]
+    pruned = [decision.checkpoint for decision in decisions if not decision.keep]
     with ExitStack() as locks:
         leftovers = _free_leftovers(run, locks)
-        freed = freed_bytes([*pruned, *unfinished, *leftovers])
+        freed = freed_bytes([*(checkpoint.folder for checkpoint in pruned), *unfinished, *leftovers])
         if not dry_run:
             _remove(run, pruned, unfinished, leftovers)
     return Garbage(run, decisions, unusable, unfinished, leftovers, freed)
@@ -253,7 +253,7 @@ def _free_leftovers(run: Path, locks: ExitStack) -> list[Path]:
     ]
 
 
-def _remove(run: Path, pruned: list[Path], unfinished: list[Path], leftovers: list[Path]) -> None:
+def _remove(run: Path, pruned: list[Stored], unfinished: list[Path], leftovers: list[Path]) -> None:
     ledger = ledger_of(run)
 
     def record(folder: Path, manifest: Manifest) -> None:
@@ -262,8 +262,8 @@ def _remove(run: Path, pruned: list[Path], unfinished: list[Path], leftovers: li
     try:
         for hidden in unfinished:
             finish_pruning(hidden, record)
-        for folder in pruned:
-            prune(folder, record)
+        for checkpoint in pruned:
+            prune(checkpoint.folder, checkpoint.digest, record)
         for leftover in leftovers:
             sweep(leftover)
     except OSError as error:

@@ -151,9 +151,14 @@ def _place(folder: Path, state: State, step: int | None, path: str | None, plan:
             raise ConfigError(option, given=given, allowed=f"{own}, as the scheduler's state in {folder} says")
     place = {name: saved[name] for name in ("paradigm", "path", "step")}
     if plan is None:
-        lr_path = _lr_path(saved["schedule"])
-        if lr_path.fields() != dict(saved["schedule"]):
-            raise CheckpointError(f"{folder}: a schedule that this version does not know; its plan is needed (--plan)")
+        try:
+            lr_path = _lr_path(saved["schedule"])
+        except (KeyError, TypeError, ConfigError):
+            lr_path = None
+        if lr_path is None or lr_path.fields() != dict(saved["schedule"]):
+            raise CheckpointError(
+                f"{folder}: its schedule {saved['schedule']} is not known here: give its plan (--plan)"
+            )
         next_lr = lr_path.schedule()(saved["step"])
         return {**place, "next_lr": next_lr, "schedule_digest": saved["digest"], "plan_digest": "unknown"}
     planned = plan.path(saved["path"], saved["paradigm"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,7 @@ class PathProgress:
         self._label = f"{path.paradigm}/{path.name}"
         self._closing = "saving" if path.release is None else "saving, evaluating on all test text, exporting"
         self._first_step, self._end_step, self._tokens_per_step = first_step, path.end_step, tokens_per_step
-        self._offset = metrics.stat().st_size if metrics.is_file() else 0
+        self._inode, self._offset = _inode_and_size(metrics)
         self._last_line = time.monotonic()
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -79,14 +80,23 @@ class PathProgress:
         """Return the last whole line that has appeared since the last look."""
         if not self._metrics.is_file():
             return None
-        size = self._metrics.stat().st_size
-        # A resumed path rewrites the file without the updates that it does again.
-        start = self._offset if size >= self._offset else 0
         with self._metrics.open("rb") as file:
+            # A resumed path replaces the file by one without the updates that it does again.
+            inode = os.fstat(file.fileno()).st_ino
+            start = self._offset if inode == self._inode else 0
             file.seek(start)
             new = file.read()
+        self._inode = inode
         whole, newline, _ = new.rpartition(b"\n")
         self._offset = start + len(whole) + len(newline)
         lines = whole.splitlines()
         record: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
         return record
+
+
+def _inode_and_size(file: Path) -> tuple[int, int]:
+    """Return what tells a file from its replacement, and its size in bytes; zeros where there is none."""
+    if not file.is_file():
+        return 0, 0
+    status = file.stat()
+    return status.st_ino, status.st_size

@@ -190,9 +190,11 @@ def test_a_checkpoint_goes_as_a_whole_and_is_recorded_when_its_shards_are_gone(t
         assert [f.name for f in pruned_folder(folder).rglob("*") if f.is_file()] == [MANIFEST_FILE]
         digests.append(manifest.digest)
 
-    prune(folder, record)
+    prune(folder, "0" * 64, record)  # saved again since it was looked at
+    assert digests == [] and folder.is_dir()
+    prune(folder, digest, record)
     assert digests == [digest] and os.listdir(tmp_path) == ["latest"]
-    prune(folder, record)  # another process was faster
+    prune(folder, digest, record)  # another process was faster
     assert digests == [digest]
 
 
@@ -217,7 +219,7 @@ def test_a_killed_pruning_is_finished_by_the_next(tmp_path: Path, monkeypatch: p
             patch.setattr(Path, "unlink", kill)
         elif at == "rmtree":
             patch.setattr("shutil.rmtree", kill)
-        prune(folder, record)
+        prune(folder, digest, record)
     assert not folder.exists() and unfinished_prunings(tmp_path) == [pruned_folder(folder)]
     finish_pruning(pruned_folder(folder), record)
     assert digests[-1] == digest and os.listdir(tmp_path) == ["latest"]
@@ -228,7 +230,7 @@ def test_an_unfinished_pruning_of_the_same_name_is_finished_first(tmp_path: Path
     first = read_manifest(folder).digest
     folder.rename(pruned_folder(folder))
     second = read_manifest(save(tmp_path, text="second")).digest
-    prune(folder, lambda _, manifest: digests.append(manifest.digest))
+    prune(folder, second, lambda _, manifest: digests.append(manifest.digest))
     assert digests == [first, second] and os.listdir(tmp_path) == ["latest"]
 
 

@@ -226,6 +226,12 @@ def test_checkpoints_of_a_users_own_script_are_found_by_the_ledger(run: Path, tm
     assert not (run / "path_switching" / "v2").exists()
 
 
+def test_two_forks_may_run_at_once(run: Path) -> None:
+    with locked(run, "v2", held=False), (run / "path_switching" / "v2" / "lock").open() as other_fork:
+        fcntl.flock(other_fork, fcntl.LOCK_SH)
+        assert pathswitch("fork", run, "main@14", "--to", "v2").code == 0
+
+
 def test_a_branch_that_is_trained_is_not_forked(run: Path) -> None:
     with locked(run, "v2"):
         assert "a job is training 'v2'" in refused("fork", run, "main@14", "--to", "v2")
@@ -278,8 +284,9 @@ def test_verify_names_every_problem(run: Path) -> None:
     assert [problem["file"] for problem in by_step[14]["problems"]] == [SHARDS[0], SHARDS[1]]
     assert by_step[None]["whole"] is False and by_step[None]["digest"] is None
     assert pathswitch("verify", place(run, "main") / tag(4)).code == 0
+    (damaged / "extra_states.pt").write_bytes(b"")
     sizes = json.loads(pathswitch("verify", damaged, "--mode", "sizes", "--json").out)
-    assert [problem["file"] for problem in sizes[0]["problems"]] == [SHARDS[1]]
+    assert [problem["file"] for problem in sizes[0]["problems"]] == ["extra_states.pt", SHARDS[1]]
 
 
 def test_verify_finds_what_the_ledger_places_elsewhere(run: Path, tmp_path: Path) -> None:
@@ -384,12 +391,16 @@ def test_gc_of_a_users_own_checkpoints(run: Path, tmp_path: Path) -> None:
         recorded(run, checkpoint(own, "main", step), str(own / tag(step)))
     checkpoint(own, "main", 6)  # not in this run's ledger
     checkpoint(own, "main", 5, text="another job's")
+    recorded(run, checkpoint(own, "main", 3), str(own / tag(3)))
+    (own / tag(3)).rename(begun := own / f".{tag(3)}.pruning")
     checkpoint(own, "main", 9)
     found = garbage(run)
+    assert not begun.exists()
     assert ("main", 7) in steps(found, False)
     assert [item["folder"] for item in found["unusable"]] == [str(own / tag(5))]
     assert sorted(os.listdir(own)) == ["global_step5", "global_step6", "global_step9", "latest"]
-    assert [r.folder for r in records(run, PrunedRecord)] == [str(own / tag(7))]
+    pruned = {r.folder for r in records(run, PrunedRecord)}
+    assert {str(own / tag(step)) for step in (3, 7)} == {folder for folder in pruned if folder.startswith(str(own))}
 
 
 def test_gc_finishes_what_a_killed_one_began(run: Path) -> None:
@@ -419,6 +430,22 @@ def test_gc_sweeps_only_where_no_job_can_be(run: Path) -> None:
     assert (main_path / f".{tag(14)}.universal-path_switching-v2").is_dir()  # v2's job is loading it
     assert len(garbage(run)["leftovers"]) == 1
     assert [f for f in (*os.listdir(main_path), *os.listdir(v2)) if f.startswith(".")] == []
+
+
+def test_gc_keeps_what_latest_names(run: Path) -> None:
+    for step in (18, 6):  # the last save moved `latest` back
+        checkpoint(place(run, "main"), "main", step)
+    assert steps(garbage(run), False) == [("main", 16)]
+
+
+def test_gc_of_a_plan_that_suits_path_switching_alone(tmp_path: Path) -> None:
+    versions = ({"name": "v1", "steps": 10}, {"name": "v2", "steps": 3})  # too short for a warm-up of its own
+    RunFolder(tmp_path).open(
+        PlanFile.model_validate({"schedule": {"max_lr": 1e-3, "warmup_steps": 4}, "versions": versions})
+    )
+    for step in (2, 4, 6):
+        save(place(tmp_path, "main"), step)
+    assert steps(garbage(tmp_path), False) == [("main", 2)]
 
 
 def test_gc_of_a_running_path_prunes_what_is_surely_old(run: Path) -> None:
@@ -490,6 +517,14 @@ def test_adopt_reads_what_the_checkpoint_says_of_itself(tmp_path: Path, stage: i
     assert "has a manifest already" in refused("adopt", folder)
 
 
+@pytest.mark.parametrize(("stage", "told"), [(0, 0), (1, 1), (2, 1), (3, 3)])
+def test_adopt_tells_the_stage_by_the_files_where_the_ds_config_was_one(tmp_path: Path, stage: int, told: int) -> None:
+    saved = scheduler_state("main", 14)
+    folder = deepspeed_files(tmp_path / tag(15), stage, lr_scheduler=saved, ds_config="ds_config.json")
+    assert pathswitch("adopt", folder).code == 0
+    assert read_manifest(folder).parallelism.zero_stage == told  # stages 1 and 2 are cut alike
+
+
 @pytest.mark.parametrize(
     ("path", "paradigm"),
     [("main", "path_switching"), ("v3", "path_switching"), ("v1", "ptfs"), ("v2", "cpt_rewarm"), ("v2", "cpt_floor")],
@@ -498,6 +533,15 @@ def test_adopt_finds_the_lr_in_the_saved_schedule(tmp_path: Path, path: str, par
     folder = deepspeed_files(tmp_path / tag(15), lr_scheduler=scheduler_state(path, 13, paradigm))
     assert pathswitch("adopt", folder).code == 0
     assert read_manifest(folder).next_lr == PLAN.path(path, paradigm).lr(13)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fields", [{"max_lr": 1e-3}, {"constant_lr": 1e-4, "drops": 3}, {"shape": "spiral"}])
+def test_adopt_does_not_guess_an_unknown_schedule(tmp_path: Path, fields: dict[str, Any]) -> None:
+    saved = scheduler_state("main", 13)
+    known = {} if "constant_lr" in fields else saved["schedule"]
+    unknown = {**known, **fields} if fields.keys() != {"max_lr"} else fields
+    folder = deepspeed_files(tmp_path / tag(15), lr_scheduler={**saved, "schedule": unknown})
+    assert "is not known here: give its plan (--plan)" in refused("adopt", folder)
 
 
 def test_adopt_of_another_schedulers_checkpoint(tmp_path: Path, run: Path) -> None:

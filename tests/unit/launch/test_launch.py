@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pathswitch.atomic import write_text_atomic
 from pathswitch.config import plan_from_params
 from pathswitch.launch.local import deepspeed_command, job_environment, run_job
 from pathswitch.launch.paradigm import _reason
@@ -113,3 +114,14 @@ def test_progress_in_a_log_is_plain_lines(tmp_path: Path) -> None:
     assert lines[0] == "wsd_s/v1: starting at step 0 of 3"
     assert lines[1] == "wsd_s/v1: step 3 of 3  loss 2.500  lr 1.00e-03  200 tok/s"
     assert lines[2:] == ["wsd_s/v1: saving, evaluating on all test text, exporting"]
+
+
+def test_progress_of_a_resumed_path_whose_metrics_are_replaced(tmp_path: Path) -> None:
+    metrics, shown = tmp_path / "metrics.jsonl", io.StringIO()
+    metrics.write_text("".join(record(step) for step in range(3)))
+    path = plan_from_params({"max_lr": 1e-3, "versions": [{"name": "v1", "steps": 5}]}).path("v1", "wsd_s")
+    with PathProgress(Console(file=shown, width=120), path, metrics, first_step=1, tokens_per_step=100) as progress:
+        # Longer than the old one when it is looked at, and with other line ends.
+        write_text_atomic(metrics, "".join(record(step)[:-1] + " " * 9 + "\n" for step in range(5)))
+        progress.tick()
+    assert "wsd_s/v1: step 5 of 5" in shown.getvalue()
