@@ -15,11 +15,16 @@ def temp_path(path: Path) -> Path:
 def publish(temp: Path, path: Path) -> None:
     """Make the already synced file ``temp`` appear as ``path``, replacing an older one, and sync the folder."""
     os.replace(temp, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:

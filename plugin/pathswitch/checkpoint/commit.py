@@ -10,8 +10,8 @@ import os
 import shutil
 from pathlib import Path
 
-from pathswitch.atomic import write_bytes_atomic, write_text_atomic
-from pathswitch.checkpoint.files import MANIFEST_FILE, is_shard, sync_folder
+from pathswitch.atomic import sync_folder, write_bytes_atomic, write_text_atomic
+from pathswitch.checkpoint.files import MANIFEST_FILE, is_shard
 from pathswitch.checkpoint.manifest import Manifest
 
 LATEST = "latest"
@@ -43,23 +43,31 @@ def discard(staging: Path) -> None:
 def commit(folder: Path, manifest: Manifest, key: bytes | None = None) -> None:
     """Make the staging folder the checkpoint ``folder``; its files, already durable, are those of the manifest.
 
-    An older checkpoint of the same name is put aside first and removed at the end. Files beside its shards that are
-    not a checkpoint's (a note, a tokenizer) move over.
+    An older checkpoint of the same name is put aside first and removed at the end. What lies beside its shards and is
+    not a checkpoint's (a note, a tokenizer) is in the new one too.
     """
     staging, replaced = staging_folder(folder), _replaced_folder(folder)
     for directory in {(staging / name).parent for name in manifest.files}:
         sync_folder(directory)
+    if folder.exists():
+        _link_notes(folder, staging)
     write_bytes_atomic(staging / MANIFEST_FILE, manifest.encode(key))
     if folder.exists():
         discard(replaced)
         os.rename(folder, replaced)
     os.rename(staging, folder)
     sync_folder(folder.parent)
-    if replaced.is_dir():
-        for entry in replaced.iterdir():
-            if not is_shard(entry.name) and not (folder / entry.name).exists():
-                os.rename(entry, folder / entry.name)
-        discard(replaced)
+    discard(replaced)
+
+
+def _link_notes(folder: Path, staging: Path) -> None:
+    for entry in folder.iterdir():
+        if is_shard(entry.name) or entry.name == MANIFEST_FILE or (staging / entry.name).exists():
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, staging / entry.name, copy_function=os.link)
+        else:
+            os.link(entry, staging / entry.name)
 
 
 def recover_replaced(folder: Path) -> None:

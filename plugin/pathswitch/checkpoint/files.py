@@ -66,15 +66,6 @@ def is_shard(name: str) -> bool:
     return name.endswith(".pt")
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def regular_size(path: Path) -> int | None:
     """Return a regular file's size in bytes, None where there is none."""
     try:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pathswitch.atomic import write_bytes_atomic
+from pathswitch.atomic import sync_folder, write_bytes_atomic
 from pathswitch.checkpoint.commit import LATEST, discard, write_latest
-from pathswitch.checkpoint.files import MANIFEST_FILE, FileEntry, hash_file, sync_folder
+from pathswitch.checkpoint.files import MANIFEST_FILE, FileEntry, hash_file
 from pathswitch.checkpoint.manifest import SHORT_DIGEST, Manifest, Policy, read_manifest
 from pathswitch.checkpoint.verify import Finding, checkpoint_folders, describe_findings, verify_checkpoint
 from pathswitch.errors import CheckpointError
@@ -146,10 +146,7 @@ def _existing(source: Path, target: Path, manifest: Manifest, key: bytes | None)
 def _origin(manifest: Manifest) -> str:
     if manifest.forked_from is None:
         return f"checkpoint {manifest.digest[:SHORT_DIGEST]} of {manifest.path!r}, which is not a fork"
-    changes = (
-        ", ".join(f"{name} = {value}" for name, value in manifest.policy.model_dump(exclude_defaults=True).items())
-        or "no changes"
-    )
+    changes = ", ".join(f"{name} = {value}" for name, value in manifest.policy.changes().items()) or "no changes"
     return f"checkpoint {manifest.forked_from[:SHORT_DIGEST]} for {manifest.path!r} with {changes}"
 
 

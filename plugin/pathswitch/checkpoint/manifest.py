@@ -50,7 +50,7 @@ class Policy(_Model):
 
     def changes(self) -> dict[str, Any]:
         """Return what differs from keeping everything."""
-        return {name: value for name, value in self.model_dump().items() if value not in (None, False)}
+        return self.model_dump(exclude_defaults=True)
 
 
 class Manifest(_Model):

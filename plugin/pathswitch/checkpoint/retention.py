@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pathswitch.atomic import sync_folder
 from pathswitch.checkpoint.commit import discard
-from pathswitch.checkpoint.files import MANIFEST_FILE, is_shard, sync_folder
+from pathswitch.checkpoint.files import MANIFEST_FILE, is_shard
 from pathswitch.checkpoint.manifest import Manifest, read_manifest
 from pathswitch.errors import CheckpointError
 

@@ -40,8 +40,6 @@ from pathswitch.checkpoint.retention import (
 from pathswitch.cli.run_checkpoints import (
     ByteProgress,
     compare_mode,
-    ledger_name,
-    ledger_of,
     path_lock,
     recorded_checkpoints,
     records_of,
@@ -52,6 +50,7 @@ from pathswitch.config import build_plan, load_plan_file
 from pathswitch.errors import CheckpointError, ConfigError, RunError
 from pathswitch.run_folder import RunFolder
 from pathswitch.versions import PARADIGMS
+from pathswitch.versions.ledger import folder_name, run_ledger
 from pathswitch.versions.records import BranchRecord, PrunedRecord, Record, ReleaseRecord
 
 
@@ -146,15 +145,15 @@ class Garbage:
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
         checkpoints = [
-            {"folder": ledger_name(d.checkpoint.folder, self.run), "step": d.checkpoint.step, "keep": d.keep}
+            {"folder": folder_name(d.checkpoint.folder, self.run), "step": d.checkpoint.step, "keep": d.keep}
             | {"paradigm": d.checkpoint.paradigm, "path": d.checkpoint.path, "reason": d.reason}
             for d in self.decisions
         ]
         return {
             "checkpoints": checkpoints,
-            "unusable": [{"folder": ledger_name(u.folder, self.run), "reason": u.reason} for u in self.unusable],
-            "unfinished": [ledger_name(folder, self.run) for folder in self.unfinished],
-            "leftovers": [ledger_name(folder, self.run) for folder in self.leftovers],
+            "unusable": [{"folder": folder_name(u.folder, self.run), "reason": u.reason} for u in self.unusable],
+            "unfinished": [folder_name(folder, self.run) for folder in self.unfinished],
+            "leftovers": [folder_name(folder, self.run) for folder in self.leftovers],
             "freed_bytes": self.freed,
         }
 
@@ -254,10 +253,10 @@ def _free_leftovers(run: Path, locks: ExitStack) -> list[Path]:
 
 
 def _remove(run: Path, pruned: list[Stored], unfinished: list[Path], leftovers: list[Path]) -> None:
-    ledger = ledger_of(run)
+    ledger = run_ledger(run)
 
     def record(folder: Path, manifest: Manifest) -> None:
-        ledger.append(PrunedRecord(manifest.digest, ledger_name(folder, run)))
+        ledger.append(PrunedRecord(manifest.digest, folder_name(folder, run)))
 
     try:
         for hidden in unfinished:

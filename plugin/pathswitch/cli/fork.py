@@ -15,8 +15,6 @@ from pathswitch.checkpoint.manifest import SHORT_DIGEST
 from pathswitch.cli.run_checkpoints import (
     ByteProgress,
     compare_mode,
-    ledger_name,
-    ledger_of,
     path_lock,
     recorded_checkpoints,
     records_of,
@@ -27,6 +25,7 @@ from pathswitch.errors import CheckpointError, ConfigError, RunError, choices
 from pathswitch.run_folder import PLAN_FILE, RunFolder, tag
 from pathswitch.versions import MAIN, Plan
 from pathswitch.versions import Path as TrainingPath
+from pathswitch.versions.ledger import folder_name, run_ledger
 from pathswitch.versions.records import BranchRecord, CheckpointRecord
 
 
@@ -91,15 +90,15 @@ def fork_branch(
         fork = _fork(found, target, manifest, branch, policy, key, mode)
     record = BranchRecord(
         manifest=fork.manifest.digest,
-        folder=ledger_name(fork.folder, run),
+        folder=folder_name(fork.folder, run),
         paradigm=branch.paradigm,
         path=branch.name,
         parent_path=parent.name,
         fork_step=branch.start_step,
         parent=manifest.digest,
-        policy=policy.model_dump(exclude_defaults=True),
+        policy=policy.changes(),
     )
-    ledger_of(run).append(record)  # one and the same record, however often a fork is run again
+    run_ledger(run).append(record)  # one and the same record, however often a fork is run again
     how = f"forked by {fork.method}" if fork.created else "forked already"
     say(console, f"{to}: {how}: {fork.folder}")
 

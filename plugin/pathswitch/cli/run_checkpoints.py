@@ -18,7 +18,7 @@ from pathswitch.checkpoint.fork import CompareMode
 from pathswitch.errors import ConfigError
 from pathswitch.run_folder import PathFolder
 from pathswitch.versions import PARADIGMS
-from pathswitch.versions.ledger import Ledger
+from pathswitch.versions.ledger import run_ledger
 from pathswitch.versions.records import BranchRecord, CheckpointRecord, Record
 
 LINE_SECONDS = 5.0
@@ -30,14 +30,9 @@ def trained_paths(run: Path) -> list[tuple[str, str, PathFolder]]:
     return [(paradigm, folder.name, PathFolder(folder)) for paradigm, folder in sorted(found)]
 
 
-def ledger_of(run: Path) -> Ledger:
-    """Return a run's ledger."""
-    return Ledger(run / "ledger")
-
-
 def records_of(run: Path) -> list[Record]:
     """Return all records of a run; none where it has no ledger."""
-    return [stored.record for stored in ledger_of(run).read().records]
+    return [stored.record for stored in run_ledger(run).read().records]
 
 
 def recorded_checkpoints(run: Path, records: list[Record]) -> dict[Path, set[str]]:
@@ -47,12 +42,6 @@ def recorded_checkpoints(run: Path, records: list[Record]) -> dict[Path, set[str
         if isinstance(record, CheckpointRecord | BranchRecord):
             folders.setdefault(run.resolve() / record.folder, set()).add(record.manifest)
     return folders
-
-
-def ledger_name(folder: Path, run: Path) -> str:
-    """Return a folder as the ledger names it: relative to the run where it lies inside."""
-    folder, run = folder.resolve(), run.resolve()
-    return folder.relative_to(run).as_posix() if folder.is_relative_to(run) else folder.as_posix()
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from pathswitch.atomic import write_bytes_atomic
+from pathswitch.atomic import sync_folder, write_bytes_atomic
 from pathswitch.checkpoint import MANIFEST_FILE, Manifest, Parallelism, hash_file, shard_names
-from pathswitch.checkpoint.files import regular_size, sync_folder
+from pathswitch.checkpoint.files import regular_size
 from pathswitch.errors import CheckpointError, ConfigError
 from pathswitch.schedule import BranchPath, ConstantRun, DecayRun, LRPath, MainPath, make_shape
 from pathswitch.versions import MAIN, Plan

@@ -35,7 +35,7 @@ from pathswitch.checkpoint import (
 from pathswitch.errors import CheckpointError, ConfigError
 from pathswitch.integrations.collective import describe_os_error, gather, on_first_rank
 from pathswitch.integrations.random_state import random_state_name, save_random_state
-from pathswitch.versions.ledger import run_ledger
+from pathswitch.versions.ledger import folder_name, run_ledger
 from pathswitch.versions.records import CheckpointRecord
 
 GIT_SECONDS = 5
@@ -218,10 +218,10 @@ class EngineCheckpoints:
         """Append the checkpoint to the run's ledger, if there is a run."""
         if self.section.run is None:
             return
-        run = Path(self.section.run).resolve()
+        run = Path(self.section.run)
         record = CheckpointRecord(
             manifest=manifest.digest,
-            folder=relative_folder(folder, run),
+            folder=folder_name(folder, run),
             paradigm=manifest.paradigm,
             path=manifest.path,
             step=manifest.step,
@@ -231,12 +231,6 @@ class EngineCheckpoints:
             parent=manifest.parent,
         )
         run_ledger(run).append(record)
-
-
-def relative_folder(folder: Path, run: Path) -> str:
-    """Return a folder as the ledger names it: relative to the run where it lies inside."""
-    folder = folder.resolve()
-    return folder.relative_to(run).as_posix() if folder.is_relative_to(run) else folder.as_posix()
 
 
 def parallelism(engine: Any) -> Parallelism:

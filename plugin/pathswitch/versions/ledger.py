@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from pathswitch.atomic import write_bytes_atomic
+from pathswitch.atomic import sync_folder, write_bytes_atomic
 from pathswitch.errors import LedgerError
 from pathswitch.versions.records import FORMAT, KINDS, Record, canonical, from_fields
 
@@ -75,7 +75,7 @@ class Ledger:
         try:
             self._make_folder()
             if _is_whole(file, digest):
-                _sync_folder(self.folder)  # whoever wrote it may not have come that far
+                sync_folder(self.folder)  # whoever wrote it may not have come that far
             else:
                 # Another writer of the same record may be faster still: then its file is replaced by an equal one.
                 write_bytes_atomic(file, content[:-1] + datetime.now(UTC).strftime(_TIME).encode("ascii"))
@@ -135,7 +135,7 @@ class Ledger:
     def _make_folder(self) -> None:
         if not self.folder.is_dir():
             self.folder.mkdir(parents=True, exist_ok=True)
-            _sync_folder(self.folder.parent)
+            sync_folder(self.folder.parent)
 
 
 def _split(data: bytes) -> tuple[bytes, str]:
@@ -172,14 +172,6 @@ def _read_once(name: str, folder: int) -> bytes:
         os.close(file)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def _collector_paused() -> Iterator[None]:
     """Spare the garbage collector from walking over ever more records, none of which is garbage."""
@@ -195,3 +187,9 @@ def _collector_paused() -> Iterator[None]:
 def run_ledger(run: Path) -> Ledger:
     """Return the ledger of a run folder."""
     return Ledger(run / "ledger")
+
+
+def folder_name(folder: Path, run: Path) -> str:
+    """Return a folder as records name it: relative to the run folder where it lies inside, else absolute."""
+    folder, run = folder.resolve(), run.resolve()
+    return folder.relative_to(run).as_posix() if folder.is_relative_to(run) else folder.as_posix()
