@@ -1,4 +1,4 @@
-"""Real DeepSpeed ranks killed with signal 9, round after round: ``kill_rounds.py [--rounds N] [--seed N] [--stages 1,3]``.
+"""Real DeepSpeed ranks killed with signal 9, round after round: ``kill_rounds.py [--rounds 12] [--seed 1] [--stages 1,3]``
 
 Each round goes on from what the one before has left. In every second round a rank, or all, are killed within 15 ms of
 the beginning of a save, else at any moment of starting, loading, training and saving. Behind every kill all that is
@@ -51,9 +51,9 @@ from pathswitch.checkpoint.fork import fork_checkpoint
 
 KEPT = 8
 SAVED_SHARE = 0.6
-SAVE_WINDOW_S, MOMENT_WINDOW_S, CONVERSION_WINDOW_S = 0.015, 2.0, 3.0
+SAVE_WINDOW_S, MOMENT_WINDOW_S, CONVERSION_WINDOW_S = 0.015, 3.0, 3.0
 GRACE_S, START_TIMEOUT_S = 0.3, 120.0
-FORK_KILLS = 8
+FORK_KILLS, FORK_WINDOW_S = 4, 0.005
 MAIN = {"warmup_steps": 4, "versions": [{"name": "v1", "steps": 1_000_000}]}
 
 
@@ -285,7 +285,7 @@ def rounds_of(folder: Path, stage: int, number: int, chance: random.Random, seen
     for index in range(number):
         job = Job(folder, stage, seed=chance.getrandbits(32))
         victims = chance.choice([(0,), (1,), (0, 1)])
-        at_save = Kill("save", chance.uniform(0, SAVE_WINDOW_S), victims, chance.randint(1, 4))
+        at_save = Kill("save", chance.uniform(0, SAVE_WINDOW_S), victims, chance.randint(1, 6))
         at_any_moment = Kill("moment", chance.uniform(0, MOMENT_WINDOW_S), victims)
         left, loads = hidden(folder), len(read_notes(job, 0).loaded)
         play(job, at_any_moment if index % 2 else at_save)
@@ -316,24 +316,28 @@ def finish(folder: Path, stage: int, chance: random.Random) -> dict[str, Any]:
     return {"steps": until, "trained again": again}
 
 
-def conversions(folder: Path, chance: random.Random, seen: Counter[str]) -> None:
-    """Kill the conversions for 1 and again for 2 ranks; the next job loads what they were about to convert."""
-    play(Job(folder, 1, seed=chance.getrandbits(32), updates=2, saves="last"))
+def conversions(folder: Path, seed: int, seen: Counter[str] | None) -> list[dict[int, str]]:
+    """Train with 2, 1 and again 2 ranks, and return the digests that each rank noted.
+
+    With a counter, each conversion is killed first; the job after it converts the untouched source.
+    """
+    chance = random.Random(seed)
+    play(Job(folder, 1, seed, updates=2, saves="last"))
     state = in_child_with_result(partial(check, folder, {"step": 0, "kept": {}}))
     for ranks in (1, 2):
-        job = Job(folder, 1, chance.getrandbits(32), ranks, updates=2, saves="last")
-        play(
-            job, Kill("conversion", chance.uniform(0, CONVERSION_WINDOW_S), chance.choice([(0,), tuple(range(ranks))]))
-        )
-        left = set(hidden(folder).values())
-        after = in_child_with_result(partial(check, folder, state))
-        assert after["kept"] == state["kept"], "a source has changed"
-        seen["killed in a conversion"] += left == {".universal-"}
+        job = Job(folder, 1, seed, ranks, updates=2, saves="last")
+        victims = chance.choice([(0,), tuple(range(ranks))])
+        if seen is not None:
+            play(job, Kill("conversion", chance.uniform(0, CONVERSION_WINDOW_S), victims))
+            seen["killed in a conversion"] += set(hidden(folder).values()) == {".universal-"}
+            after = in_child_with_result(partial(check, folder, state))
+            assert after["kept"] == state["kept"], "a source has changed"
         play(job)
         assert read_notes(job, 0).loaded[-1] == state["step"]
-        assert not hidden(folder)
+        assert not hidden(folder), "a conversion has left something behind"
         state = in_child_with_result(partial(check, folder, state))
         assert state["step"] == read_notes(job, 0).loaded[-1] + 2
+    return [read_notes(job, rank).digests for rank in (0, 1)]
 
 
 def forks(source: Path, root: Path, stage: int, chance: random.Random, seen: Counter[str]) -> None:
@@ -351,17 +355,19 @@ def forks(source: Path, root: Path, stage: int, chance: random.Random, seen: Cou
         assert verify_checkpoint(target).forked_from == before
         assert (target.parent / "latest").read_text() == target.name
 
-    started = time.perf_counter()
-    in_child_with_result(lambda: fork(root / "timed" / source.name))
-    duration_s = time.perf_counter() - started
-    for number in range(FORK_KILLS):
-        target = root / f"v1_{number}" / source.name
+    number = hit = 0
+    while hit < FORK_KILLS:
+        target, number = root / f"v1_{number}" / source.name, number + 1
+        assert number < 20 * FORK_KILLS, f"only {hit} of {number} kills have hit a fork"
         child = in_child(partial(fork, target))
-        time.sleep(chance.uniform(0, 1.2 * duration_s))
+        while not target.parent.exists():  # until the source is verified
+            time.sleep(0.0001)
+        time.sleep(chance.uniform(0, FORK_WINDOW_S))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        seen["killed in a fork"] += bool(hidden(target.parent))
+        hit += ".forking-" in hidden(target.parent).values()
         in_child_with_result(partial(check_fork, target))
+    seen["killed in a fork"] = hit
     step = read_manifest(source).step
     plan = {**MAIN, "versions": [{"name": "v1", "steps": 2 * step, "alpha": 0.5}], "path": "v1"}
     branch = Job(target.parent, stage, seed=chance.getrandbits(32), updates=2, saves="last", plan=plan)
@@ -394,7 +400,8 @@ def main() -> None:
         result["rounds_s"] = round(time.monotonic() - started, 1)
         source = max((root / f"stage{stages[0]}").glob("global_step*"), key=lambda folder: read_manifest(folder).step)
         forks(source, root / "forks", stages[0], chance, seen)
-        conversions(root / "converted" / "main", chance, seen)
+        undisturbed = conversions(root / "undisturbed" / "main", arguments.seed, None)
+        assert conversions(root / "converted" / "main", arguments.seed, seen) == undisturbed, "other bits"
     result |= {"seconds": round(time.monotonic() - started, 1), "seen": seen}
     print(json.dumps(result))
 

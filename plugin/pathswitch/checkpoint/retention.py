@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pathswitch.atomic import sync_folder
 from pathswitch.checkpoint.commit import discard
-from pathswitch.checkpoint.files import MANIFEST_FILE, is_shard
+from pathswitch.checkpoint.files import MANIFEST_FILE
 from pathswitch.checkpoint.manifest import Manifest, read_manifest
 from pathswitch.errors import CheckpointError
 
@@ -198,17 +198,3 @@ def _is_leftover(entry: Path) -> bool:
         successor = entry.with_name(entry.name.removeprefix(".").removesuffix(".replaced"))
         return (successor / MANIFEST_FILE).is_file()
     return entry.name.endswith(".saving") or ".forking-" in entry.name or ".universal-" in entry.name
-
-
-def sweep(leftover: Path) -> None:
-    """Delete one leftover; what a replaced checkpoint holds beside its shards goes to its successor.
-
-    Raises:
-        OSError: something cannot be deleted.
-    """
-    if leftover.name.endswith(".replaced"):
-        successor = leftover.with_name(leftover.name.removeprefix(".").removesuffix(".replaced"))
-        for entry in leftover.iterdir():
-            if not is_shard(entry.name) and not (successor / entry.name).exists():
-                os.rename(entry, successor / entry.name)
-    discard(leftover)

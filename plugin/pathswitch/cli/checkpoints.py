@@ -23,7 +23,7 @@ from pathswitch.checkpoint import (
     read_key,
     read_manifest,
 )
-from pathswitch.checkpoint.commit import LATEST
+from pathswitch.checkpoint.commit import LATEST, discard
 from pathswitch.checkpoint.fork import CompareMode
 from pathswitch.checkpoint.retention import (
     Decision,
@@ -34,7 +34,6 @@ from pathswitch.checkpoint.retention import (
     freed_bytes,
     hidden_leftovers,
     prune,
-    sweep,
     unfinished_prunings,
 )
 from pathswitch.cli.run_checkpoints import (
@@ -264,7 +263,7 @@ def _remove(run: Path, pruned: list[Stored], unfinished: list[Path], leftovers: 
         for checkpoint in pruned:
             prune(checkpoint.folder, checkpoint.digest, record)
         for leftover in leftovers:
-            sweep(leftover)
+            discard(leftover)
     except OSError as error:
         raise RunError(f"{error.filename}: cannot be removed ({error.strerror}); run gc again to go on") from None
 
