@@ -1,4 +1,4 @@
-"""Real DeepSpeed ranks killed with signal 9, round after round: ``kill_rounds.py [--rounds 12] [--seed 1] [--stages 1,3]``
+"""Real DeepSpeed ranks killed with signal 9, round after round: ``kill_rounds.py [--rounds 12] [--seed 1]``.
 
 Each round goes on from what the one before has left. In every second round a rank, or all, are killed within 15 ms of
 the beginning of a save, else at any moment of starting, loading, training and saving. Behind every kill all that is
@@ -21,7 +21,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,7 +51,9 @@ from pathswitch.checkpoint.fork import fork_checkpoint
 
 KEPT = 8
 SAVED_SHARE = 0.6
-SAVE_WINDOW_S, MOMENT_WINDOW_S, CONVERSION_WINDOW_S = 0.015, 3.0, 3.0
+SAVE_WINDOW_S, MOMENT_WINDOW_S = 0.015, 3.0
+# A conversion spends two seconds on imports, and a fraction of one on writing.
+CONVERSION_WINDOW_S, CONVERSION_WRITES_S, CONVERSION_TRIES = 1.5, 0.1, 4
 GRACE_S, START_TIMEOUT_S = 0.3, 120.0
 FORK_KILLS, FORK_WINDOW_S = 4, 0.005
 MAIN = {"warmup_steps": 4, "versions": [{"name": "v1", "steps": 1_000_000}]}
@@ -72,10 +74,11 @@ class Job:
     """The step to train to, whatever was loaded."""
     saves: Literal["some", "last", "none"] = "some"
     plan: dict[str, Any] | None = None
+    notes_name: str = "notes"
 
     def notes(self, rank: int) -> Path:
         """Every rank's loads and updates, with digests of its state."""
-        return self.folder.with_name(f"{self.folder.name}_rank{rank}.txt")
+        return self.folder.with_name(f"{self.folder.name}_{self.notes_name}_{rank}.txt")
 
     @property
     def output(self) -> Path:
@@ -91,7 +94,7 @@ class Job:
 class Kill:
     """When which ranks are killed; the others follow as a launcher would end them."""
 
-    when: Literal["save", "moment", "conversion"]
+    when: Literal["save", "moment", "conversion", "conversion writes"]
     delay_s: float
     victims: tuple[int, ...]
     save: int = 1
@@ -188,6 +191,7 @@ def play(job: Job, kill: Kill | None = None) -> None:
             "save": job.marker.exists,
             "moment": lambda: True,
             "conversion": lambda: any(job.folder.glob(".*.universal-*")),
+            "conversion writes": lambda: any(job.folder.glob(".*.universal-*/universal")),
         }
         _wait(reached[kill.when], ranks, job)
         moment = time.monotonic() + kill.delay_s
@@ -326,10 +330,8 @@ def conversions(folder: Path, seed: int, seen: Counter[str] | None) -> list[dict
     state = in_child_with_result(partial(check, folder, {"step": 0, "kept": {}}))
     for ranks in (1, 2):
         job = Job(folder, 1, seed, ranks, updates=2, saves="last")
-        victims = chance.choice([(0,), tuple(range(ranks))])
         if seen is not None:
-            play(job, Kill("conversion", chance.uniform(0, CONVERSION_WINDOW_S), victims))
-            seen["killed in a conversion"] += set(hidden(folder).values()) == {".universal-"}
+            seen["killed in a conversion"] += _kill_conversion(job, chance)
             after = in_child_with_result(partial(check, folder, state))
             assert after["kept"] == state["kept"], "a source has changed"
         play(job)
@@ -338,6 +340,19 @@ def conversions(folder: Path, seed: int, seen: Counter[str] | None) -> list[dict
         state = in_child_with_result(partial(check, folder, state))
         assert state["step"] == read_notes(job, 0).loaded[-1] + 2
     return [read_notes(job, rank).digests for rank in (0, 1)]
+
+
+def _kill_conversion(job: Job, chance: random.Random) -> bool:
+    """Kill a job while it converts; a conversion that was faster has left nothing, and the next one is killed."""
+    victims = chance.choice([(0,), tuple(range(job.ranks))])
+    for _ in range(CONVERSION_TRIES):
+        kill = Kill("conversion", chance.uniform(0, CONVERSION_WINDOW_S), victims)
+        if job.ranks == 2:
+            kill = Kill("conversion writes", chance.uniform(0, CONVERSION_WRITES_S), victims)
+        play(replace(job, updates=None, saves="none", notes_name="killed"), kill)
+        if set(hidden(job.folder).values()) == {".universal-"}:
+            return True
+    return False
 
 
 def forks(source: Path, root: Path, stage: int, chance: random.Random, seen: Counter[str]) -> None:

@@ -72,6 +72,7 @@ ACCEPTED = [
     ("latest", "no folder, main"),
     ("partial", "all"),
     ("partial", "module only, main"),
+    ("other", "adopted, initial_step"),
     ("other", "no state, initial_step"),
     ("other", "foreign state, initial_step"),
     ("other", "extended, main"),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness import PLAN, arguments, barrier, config, counters, engine_of, finish, refused, update, updates
+
+from pathswitch.config import plan_from_params
+from pathswitch.integrations.adopt import adopt_checkpoint
 
 Record = dict[str, Any]
 V1, V2 = PLAN["versions"]
@@ -99,6 +104,10 @@ def other_checkpoints(out: Path, main: Path) -> Record:
     updates(branch, 2)
     branch.save_checkpoint(out / "v1")
 
+    on_rank0(partial(shutil.copytree, out / "warmup", out / "adopted"))
+    plan = plan_from_params(PLAN)
+    on_rank0(partial(adopt_checkpoint, out / "adopted" / "global_step4", step=4, path="main", plan=plan, key=None))
+
     def main_with(**changes: Any) -> str:
         return loads(main, "global_step4", settings=config(**changes))
 
@@ -109,6 +118,7 @@ def other_checkpoints(out: Path, main: Path) -> Record:
     v3 = {"name": "v3", "steps": 9}
     return {
         "not committed": loads(out / "warmup"),
+        "adopted, initial_step": loads(out / "adopted", settings=config(path="v1", initial_step=4)),
         "no state": loads(out / "plain", settings=config(path="v1") | UNVERIFIED),
         "foreign state": loads(out / "warmup", settings=config(path="v1") | UNVERIFIED),
         "no state, initial_step": loads(out / "plain", settings=config(path="v1", initial_step=4) | UNVERIFIED),

@@ -65,7 +65,7 @@ def extended(two_versions: Path, corpus: Path, tmp_path_factory: pytest.TempPath
 def test_log_shows_the_lineage(two_versions: Path) -> None:
     text = log_of(two_versions)
     assert text.index("v2") < text.index("main"), "newest on top"
-    for expected in ("main", "v1", "v2", "released", "committed", "perplexity"):
+    for expected in ("main", "v1", "v2", "release ", "committed", "perplexity"):
         assert expected in text
     shown = json.loads(pathswitch("log", two_versions, "--json").stdout)
     assert json.dumps(shown).count('"committed"') >= 6
@@ -133,7 +133,7 @@ def test_the_main_path_went_on_with_one_rank_at_the_same_lr(extended: dict[str, 
 
 def test_the_ledger_tells_it_all(extended: dict[str, Any]) -> None:
     text = log_of(extended["path"])
-    for expected in ("v3", "main", "fork"):
+    for expected in ("v3", "main", f"from main {FORK_2}", "committed"):
         assert expected in text
     assert pathswitch("verify", extended["path"]).returncode == 0, "the damaged checkpoint was saved again"
 

@@ -277,7 +277,7 @@ def moments(root: Path, rounds: int, seed: int, clock_back: bool) -> Counter[str
     for number in range(rounds):
         left = hidden(root)
         child = in_child(lambda number=number: write(number))
-        time.sleep(chance.uniform(0, 2 * duration_s))
+        time.sleep(chance.uniform(0, 1.2 * duration_s))
         os.kill(child[0], signal.SIGKILL)
         outcome(child)
         if clock_back:
