@@ -13,17 +13,20 @@ from typing import Any
 import ds_job
 from rich.console import Console
 from rich.table import Table
+from small_disks import NO_DISKS, small_disks
 
-ACTIONS = ("fork", "resume", "release")
-Cell = dict[str, Any]
+ACTIONS = ("fork", "resume", "release", "save")
+Cell = Any  # a dictionary; None where the fault could not be made
 Faults = dict[str, dict[str, dict[str, list[Cell]]]]
 
 
 def measure(folder: Path) -> Faults:
     """Return, per stage, fault and action, what each of the two ranks saw."""
-    job = ds_job.run(ds_job.deepspeed_command("worker_faults.py", str(folder)), folder, timeout_seconds=400)
+    (out := folder / "out").mkdir()
+    with small_disks(folder / "disks") as disks:
+        job = ds_job.run(ds_job.deepspeed_command("worker_faults.py", str(out)), folder, disks, timeout_seconds=400)
     assert job.returncode == 0, job.output[-4000:]
-    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    ranks = [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     return {
         stage: {
             fault: {action: [rank[stage][fault][action] for rank in ranks] for action in actions}
@@ -36,6 +39,12 @@ def measure(folder: Path) -> Faults:
 def verdict(cells: list[Cell]) -> str:
     """Say what happened, in a word or two; on every rank the same, or it is not a verdict."""
     first = cells[0]
+    if first is None:
+        return NO_DISKS
+    if "untouched" not in first:
+        return (
+            f"goes on from {first['step']}" if not any(cell["error"] or cell["damaged"] for cell in cells) else "FAILED"
+        )
     if any(cell["error"] != first["error"] for cell in cells):
         return "RANKS DIFFER"
     if not first["error"].startswith("CheckpointError: "):

@@ -239,9 +239,13 @@ def check(folder: Path, before: dict[str, Any]) -> dict[str, Any]:
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.is_dir() and not entry.name.startswith("."):
             verify_checkpoint(entry)
-    latest = folder / "latest"
+    committed, latest = committed_checkpoints(folder), folder / "latest"
+    first_unnamed = bool(committed) and not latest.is_file()
     step = 0
-    if latest.is_file():
+    if first_unnamed:  # the folder's first save was killed between its commit and `latest`: the next load finds it
+        assert len(committed) == 1
+        step = committed[0][1].step
+    elif latest.is_file():
         newest = folder / latest.read_text()
         recover_replaced(newest)
         step = verify_checkpoint(newest).step
@@ -250,7 +254,7 @@ def check(folder: Path, before: dict[str, Any]) -> dict[str, Any]:
     for old, digest in before["kept"].items():
         # Behind the one that was loaded, everything may have been trained and saved again.
         assert int(old) > before["step"] or kept.get(old) == digest, f"step {old} has changed"
-    return {"step": step, "kept": kept, "unnamed": any(int(other) > step for other in kept)}
+    return {"step": step, "kept": kept, "unnamed": first_unnamed or any(int(other) > step for other in kept)}
 
 
 def tidy(folder: Path, state: dict[str, Any]) -> None:
@@ -300,7 +304,7 @@ def rounds_of(folder: Path, stage: int, number: int, chance: random.Random, seen
         seen.update(kinds or {"nothing left"})
         seen["unnamed"] += state["unnamed"]
         tidy(folder, state)
-    return finish(folder, stage, chance) | {"seed of the last": job.seed}
+    return finish(folder, stage, chance)
 
 
 def finish(folder: Path, stage: int, chance: random.Random) -> dict[str, Any]:
@@ -407,7 +411,8 @@ def main() -> None:
     saving._git_commit()
     assert len(os.listdir("/proc/self/task")) == 1, "threads would not live on in the ranks"
     started, result = time.monotonic(), {}
-    with TemporaryDirectory(prefix="kill_rounds_") as temporary:
+    # The converter of a rank that was killed may still be writing.
+    with TemporaryDirectory(prefix="kill_rounds_", ignore_cleanup_errors=True) as temporary:
         root = Path(temporary)
         for index, stage in enumerate(stages):
             number = len(range(index, arguments.rounds, len(stages)))

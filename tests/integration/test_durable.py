@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,28 +10,18 @@ from typing import Any
 import ds_job
 import pytest
 from harness import PLAN
+from small_disks import NO_DISKS, small_disks
 
 from pathswitch.config import plan_from_params
 
 pytestmark = pytest.mark.slow
 CASES = [f"{stage} {dtype}" for stage in (0, 1, 2, 3) for dtype in ("fp32", "bf16")]
-NO_DISKS = "needs root, to mount small file systems of its own: run it as root"
-DISKS = {"FULL_DISK": "size=300k", "READ_ONLY_DISK": "size=64k,ro"}
 
 
 @pytest.fixture(scope="module")
 def disks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A small file system and a read-only one, where they can be mounted."""
-    mounted = {}
-    for name, options in DISKS.items():
-        folder = tmp_path_factory.mktemp(name)
-        if os.geteuid() == 0:
-            command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-            if subprocess.run(command, capture_output=True).returncode == 0:
-                mounted[name] = str(folder)
-    yield mounted
-    for folder_name in mounted.values():
-        subprocess.run(["umount", folder_name], check=True)
+    with small_disks(tmp_path_factory.mktemp("disks")) as places:
+        yield places
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +163,7 @@ def test_a_full_disk(records: list[dict[str, Any]], disks: dict[str, str]) -> No
     assert len(errors) == 1, "the same on every rank"
     assert "run/global_step4 was not saved: rank 0: " in errors.pop()
     for record in (record["FULL_DISK"] for record in records):
-        assert " bytes free there)" in record["error"]
+        assert " bytes are free there" in record["error"]
         assert record["left"] == ["global_step2", "latest", "zero_to_fp32.py", "zero_to_torch.py"]
         assert (record["latest"], record["whole"]) == ("global_step2", ["global_step2"])
         assert (record["room again"], record["whole again"]) == ("", ["global_step2", "global_step4"])

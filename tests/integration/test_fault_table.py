@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from fault_table import ACTIONS, Faults, measure, table, verdict
 from rich.console import Console
+from small_disks import NO_DISKS
 
 pytestmark = pytest.mark.slow
 
@@ -23,6 +24,11 @@ NAMED = {
     "garbled latest": "latest names * but the folder holds checkpoints",
     "latest past the commit": "latest names 'global_step9', but the folder holds checkpoints",
 }
+WHILE_SAVING = {
+    "disk full during save": "What was saved before is as it was; ",
+    "permission denied": "Read-only file system",
+    "clock going backwards": "",
+}
 LATEST = ("empty latest", "garbled latest", "latest past the commit")
 HIT = {"fork": "main/global_step4", "resume": "main/global_step6", "release": "v1/global_step8"}
 STAGES = ("0", "1", "2", "3")
@@ -37,14 +43,27 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Faults:
 
 def test_all_faults_are_in_the_table(faults: Faults) -> None:
     assert set(faults) == set(STAGES)
-    assert all(set(faults[stage]) == set(NAMED) for stage in STAGES)
+    assert all(set(faults[stage]) == {*NAMED, *WHILE_SAVING} for stage in STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("fault", WHILE_SAVING)
+def test_a_save_that_fails_leaves_the_newest_checkpoint(faults: Faults, fault: str, stage: str) -> None:
+    cells = faults[stage][fault]["save"]
+    if cells[0] is None:
+        pytest.skip(NO_DISKS)
+    assert verdict(cells) == ("goes on from 8" if "clock" in fault else "refused, goes on from 6")
+    assert cells[0]["damaged"] == []
+    assert WHILE_SAVING[fault] in cells[0]["error"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("fault", NAMED)
 def test_refused_by_name_before_anything_is_loaded(faults: Faults, fault: str, stage: str) -> None:
     met_by = faults[stage][fault]
-    assert list(met_by) == [action for action in ACTIONS if action != "fork" or fault not in LATEST]
+    assert list(met_by) == [
+        action for action in ACTIONS if action != "save" and (action != "fork" or fault not in LATEST)
+    ]
     for action, cells in met_by.items():
         assert verdict(cells).startswith("refused"), (action, cells)
         position = 0

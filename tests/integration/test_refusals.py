@@ -34,10 +34,17 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 REFUSED = {
-    ("latest", "empty, branch"): "CheckpointError: * is empty, but the folder holds checkpoints (global_step4)",
-    ("latest", "empty, main"): "CheckpointError: * is empty, but the folder holds checkpoints (global_step4)",
-    ("latest", "missing, branch"): "CheckpointError: * is missing, but the folder holds checkpoints (global_step4)",
-    ("latest", "missing, main"): "CheckpointError: * is missing, but the folder holds checkpoints (global_step4)",
+    ("latest", "empty, branch"): "CheckpointError: * is empty, but the folder holds checkpoints (again, global_step4)",
+    ("latest", "empty, main"): "CheckpointError: * is empty, but the folder holds checkpoints (again, global_step4)",
+    (
+        "latest",
+        "missing, branch",
+    ): "CheckpointError: * is missing, but the folder holds checkpoints (again, global_step4)",
+    (
+        "latest",
+        "missing, main",
+    ): "CheckpointError: * is missing, but the folder holds checkpoints (again, global_step4)",
+    ("latest", "missing beside another's, branch"): "CheckpointError: * is missing, but the folder holds checkpoints",
     ("latest", "no checkpoint, branch"): "CheckpointError: * path 'v1' starts from a checkpoint of 'main' at step 4",
     ("latest", "empty without checkpoints, main"): "CheckpointError: * is empty and the folder holds no checkpoint",
     ("partial", "never loaded"): "ScheduleError: path 'v1' starts from a checkpoint of 'main' at step 4, but",
@@ -68,6 +75,8 @@ REFUSED = {
 }
 ACCEPTED = [
     ("latest", "by tag"),
+    ("latest", "missing beside one, branch"),
+    ("latest", "missing beside one, main"),
     ("latest", "no checkpoint, main"),
     ("latest", "no folder, main"),
     ("partial", "all"),

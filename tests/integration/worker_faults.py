@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -147,6 +149,53 @@ def one_fault(name: str, stage: int, run: Path, engines: dict[str, Any]) -> dict
     return record
 
 
+def fill(folder: Path) -> None:
+    """Leave 8 KiB on the disk of a folder."""
+    (folder / "filler").write_bytes(b"\0" * (shutil.disk_usage(folder).free - 8192))
+
+
+def save_fault(name: str, stage: int, run: Path) -> dict[str, Any] | None:
+    """Train on from the newest checkpoint where nothing can be saved, then resume."""
+    disk = os.environ.get({"disk full during save": "FULL_DISK", "permission denied": "READ_ONLY_DISK"}[name])
+    if disk is None:
+        return None
+    full = name.startswith("disk full")
+    place = Path(disk) / "run" if full else run
+    if full:
+        on_rank0(partial(shutil.copytree, run / "main" / NEWEST, place / "main" / NEWEST))
+        on_rank0(partial((place / "main" / "latest").write_text, NEWEST))
+    engine = engine_of(config(stage))
+    engine.load_checkpoint(place / "main")
+    updates(engine, 2)
+    if full:
+        on_rank0(partial(fill, Path(disk)))
+    error = refused(partial(engine.save_checkpoint, place / "main" if full else Path(disk) / "main"))
+    again = engine_of(config(stage))
+    record = {"error": error, "untouched": True, "damaged": damaged_folders(place)}
+    record |= {"previous": refused(partial(again.load_checkpoint, place / "main")), "damaged afterwards": []}
+    if full:
+        on_rank0(partial(shutil.rmtree, place))
+        on_rank0((Path(disk) / "filler").unlink)
+    return record | {"step": again.lr_scheduler.last_epoch}
+
+
+def clock_backwards(stage: int, run: Path) -> dict[str, Any]:
+    """Save the checkpoint of step 8 with a clock, and times of files, a day before those of step 6."""
+    folder, clock = run.parent / "clock", time.time
+    on_rank0(partial(shutil.copytree, run / "main", folder))
+    engine = engine_of(config(stage))
+    engine.load_checkpoint(folder)
+    updates(engine, 2)
+    time.time = lambda: clock() - 86_400
+    engine.save_checkpoint(folder)
+    time.time = clock
+    on_rank0(lambda: [os.utime(file, (0, 0)) for file in (folder / END).rglob("*")])
+    on_rank0((folder / "latest").unlink)  # so that the newest has to be found among the folders
+    again = engine_of(config(stage) | {"pathswitch": {"checkpoint": {"on_damage": "previous"}}})
+    error = refused(partial(again.load_checkpoint, folder))
+    return {"error": error, "step": again.lr_scheduler.last_epoch, "damaged": damaged_folders(folder)}
+
+
 def resume_previous(folder: Path, stage: int) -> dict[str, Any]:
     """Resume again with leave to go back, train on and save."""
     engine = engine_of(config(stage) | {"pathswitch": {"checkpoint": {"on_damage": "previous"}}})
@@ -171,6 +220,9 @@ def main() -> None:
             "release": engine_of(config(stage, path="v1")),
         }
         record[str(stage)] = {name: one_fault(name, stage, run, engines) for name in FAULTS}
+        for name in ("disk full during save", "permission denied"):
+            record[str(stage)][name] = {"save": save_fault(name, stage, run)}
+        record[str(stage)]["clock going backwards"] = {"save": clock_backwards(stage, run)}
     finish(record, out)
 
 

@@ -62,7 +62,12 @@ def latest_file(out: Path) -> Record:
     """``latest`` missing or empty, with and without checkpoints beside it."""
     record: Record = {}
     folder, empty = out / "latest_case", out / "empty"
-    trained(folder, 4, config())
+    main = trained(folder, 4, config())
+    on_rank0((folder / "latest").unlink)
+    record["missing beside one, branch"] = loads(folder)
+    record["missing beside one, main"] = loads(folder, settings=config())
+    record["missing beside another's, branch"] = loads(folder, settings=config(path="v2"))
+    main.save_checkpoint(folder, tag="again")
     on_rank0(lambda: (folder / "latest").write_text(""))
     record["empty, branch"] = loads(folder)
     record["empty, main"] = loads(folder, settings=config())

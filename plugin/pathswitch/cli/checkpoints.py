@@ -241,7 +241,8 @@ def _free_leftovers(run: Path, locks: ExitStack) -> list[Path]:
     def is_free(owner: tuple[str, str], leftover: Path) -> bool:
         # A branch's job converts its parent's checkpoint in the parent's folder.
         paradigm, dash, name = leftover.name.partition(".universal-")[2].partition("-")
-        return all(held.get(user) for user in {owner, (paradigm, name) if dash else owner})
+        branch = (paradigm, name.rpartition(".")[0])
+        return all(held.get(user) for user in {owner, branch if dash else owner})
 
     return [
         leftover

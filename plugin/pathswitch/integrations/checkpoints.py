@@ -148,9 +148,7 @@ class EngineCheckpoints:
         except Exception as error:
             if self._save is None:
                 raise
-            # torch's writer says what it could not do, but not why.
-            free = shutil.disk_usage(self._save.folder.parent).free
-            self._save.failures.append(f"rank {dist.get_rank()}: {path}: {_reason(error)} ({free} bytes free there)")
+            self._save.failures.append(f"rank {dist.get_rank()}: {path}: {_reason(error)}")
 
     def _commit(self, save: _Save) -> None:
         """Hash what each rank wrote, in parallel; then rank 0 commits."""
@@ -249,7 +247,11 @@ def _reason(error: Exception) -> str:
 
 
 def _not_saved(folder: Path, reasons: list[str]) -> str:
-    return f"{folder} was not saved: {'; '.join(reasons)}. What was saved before is as it was"
+    # torch's writer says what it could not do, but not why: a full disk is for the reader to see.
+    free = shutil.disk_usage(folder.parent).free
+    return (
+        f"{folder} was not saved: {'; '.join(reasons)}. What was saved before is as it was; {free} bytes are free there"
+    )
 
 
 @cache
@@ -265,7 +267,7 @@ def _git_commit() -> str | None:
     folder = script.parent if script.is_file() else Path.cwd()
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
+        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
         result = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS, check=True)
         return result.stdout.strip()
 

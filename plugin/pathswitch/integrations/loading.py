@@ -82,6 +82,9 @@ def _candidates(checkpoints: EngineCheckpoints, load_dir: Path, tag: str | None)
     go_back = checkpoints.settings.on_damage == "previous"
     if named and "\0" not in named and (load_dir / named).is_dir():
         return [named, *(other for other in others if go_back and other != named)]
+    if named is None and len(others) == 1:  # the first save here was killed just before it named itself
+        logger.warning("pathswitch: %s is missing; going on from the only checkpoint there, %s", latest, others[0])
+        return others
     state = "is missing" if named is None else f"names {named[:80]!r}" if named else "is empty"
     found = f"{latest} {state}"
     if others and go_back:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,13 +56,15 @@ def _layout(sizes: Parallelism) -> str:
 def converted(source: Path, target: Path) -> Iterator[tuple[Path, str]]:
     """Convert ``source`` on rank 0 and yield the folder and tag to load on every rank; remove the copy afterwards.
 
+    The copy's folder is called like ``target``, with a name of this attempt behind it.
+
     Raises:
         CheckpointError: on every rank, if the conversion failed.
     """
-    outcome = target / "outcome"
-    on_first_rank(lambda: _empty(target))
+    folder = on_first_rank(lambda: _fresh_folder(target))
+    outcome = folder / "outcome"
     if dist.get_rank() == 0:
-        write_text_atomic(outcome, _convert(source, target / TAG))
+        write_text_atomic(outcome, _convert(source, folder / TAG))
     # Not a collective: a large conversion takes longer than collectives may wait.
     while not outcome.is_file():
         time.sleep(POLL_SECONDS)
@@ -68,17 +72,20 @@ def converted(source: Path, target: Path) -> Iterator[tuple[Path, str]]:
     if said != CONVERTED:
         raise CheckpointError(f"{source}: its conversion for another number of ranks failed: {said}")
     try:
-        yield target, TAG
+        yield folder, TAG
     finally:
         dist.barrier()
         if dist.get_rank() == 0:
-            shutil.rmtree(target, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _empty(target: Path) -> None:
-    if target.exists():
-        shutil.rmtree(target)
-    target.mkdir(parents=True)
+def _fresh_folder(target: Path) -> Path:
+    """Return an empty folder of this attempt alone: the converter of a killed job may still be writing into its own."""
+    for leftover in target.parent.glob(f"{glob.escape(target.name)}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    folder = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
+    folder.mkdir(parents=True)
+    return folder
 
 
 def _convert(source: Path, output: Path) -> str:

@@ -142,21 +142,22 @@ def visible(folder: Path) -> list[Path]:
 def check(root: Path, before: dict[str, Any]) -> dict[str, Any]:
     """Assert what must hold behind a kill, put back what a load would, and return what the next check starts from."""
     checkpoints, state = root / "checkpoints", {"latest": None, "kept": {}, "recovered": False, "unnamed": False}
-    for folder in visible(checkpoints):
-        whole_save(folder)
+    whole = {folder: whole_save(folder) for folder in visible(checkpoints)}
     named = latest(checkpoints)
     if named is not None:
-        state["recovered"] = not (checkpoints / named).is_dir()
-        recover_replaced(checkpoints / named)
-        newest = whole_save(checkpoints / named)
-        state["latest"] = newest.step
+        newest = checkpoints / named
+        state["recovered"] = newest not in whole
+        recover_replaced(newest)
+        state["latest"] = (whole.get(newest) or whole_save(newest)).step
+    committed = [manifest for _, manifest in committed_checkpoints(checkpoints)]
+    steps = [manifest.step for manifest in committed]
+    if named is not None:
         # A save that was killed before it moved `latest` may have committed one more.
-        steps = [manifest.step for _, manifest in committed_checkpoints(checkpoints)]
-        assert steps == sorted(steps, reverse=True) and steps[0] in (newest.step, newest.step + 1), (steps, newest.step)
+        assert steps == sorted(steps, reverse=True) and steps[0] - state["latest"] in (0, 1), (steps, state["latest"])
         assert PathFolder(root).step() == steps[0]
-        state["unnamed"] = steps[0] > newest.step
+        state["unnamed"] = steps[0] > state["latest"]
     assert (state["latest"] or 0) >= (before["latest"] or 0), "back to an older step"
-    state["kept"] = {str(manifest.step): manifest.digest for _, manifest in committed_checkpoints(checkpoints)}
+    state["kept"] = {str(manifest.step): manifest.digest for manifest in committed}
     for step, digest in before["kept"].items():
         # From the one that `latest` named on, a writer may have saved again; it was killed before it could again name
         # the one behind it.

@@ -246,7 +246,7 @@ def test_a_hard_link_frees_nothing_until_it_is_the_last(tmp_path: Path) -> None:
 def test_leftovers_of_killed_processes(tmp_path: Path) -> None:
     save(tmp_path)
     begin_save(tmp_path / "global_step20")
-    names = [".global_step10.replaced", ".global_step10.universal-path_switching-v1", ".global_step10.forking-ab"]
+    names = [".global_step10.replaced", ".global_step10.universal-path_switching-v1.0a1b", ".global_step10.forking-ab"]
     for name in (*names, ".global_step30.replaced", ".global_step10.pruning", ".snapshot", "global_step40.saving"):
         (tmp_path / name).mkdir()
     (tmp_path / "v9.forking-notes").mkdir()

@@ -419,7 +419,7 @@ def test_gc_finishes_what_a_killed_one_began(run: Path) -> None:
 def test_gc_sweeps_only_where_no_job_can_be(run: Path) -> None:
     main_path, v2 = place(run, "main"), place(run, "v2")
     begin_save(main_path / tag(18))
-    (main_path / f".{tag(14)}.universal-path_switching-v2").mkdir()
+    (main_path / f".{tag(14)}.universal-path_switching-v2.0a1b").mkdir()
     v2.mkdir(parents=True)
     (v2 / f".{tag(14)}.forking-0a").mkdir()
     assert garbage(run)["leftovers"] == []  # without lock files nobody knows
@@ -427,7 +427,7 @@ def test_gc_sweeps_only_where_no_job_can_be(run: Path) -> None:
         assert garbage(run)["leftovers"] == [f"path_switching/v2/checkpoints/.{tag(14)}.forking-0a"]
     with locked(run, "v2"):
         assert garbage(run)["leftovers"] == [f"path_switching/main/checkpoints/.{tag(18)}.saving"]
-    assert (main_path / f".{tag(14)}.universal-path_switching-v2").is_dir()  # v2's job is loading it
+    assert (main_path / f".{tag(14)}.universal-path_switching-v2.0a1b").is_dir()  # v2's job is loading it
     assert len(garbage(run)["leftovers"]) == 1
     assert [f for f in (*os.listdir(main_path), *os.listdir(v2)) if f.startswith(".")] == []
 
