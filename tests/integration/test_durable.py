@@ -47,6 +47,7 @@ def test_deepspeeds_own_writers(records: list[dict[str, Any]], writer: str) -> N
         assert record["behind the first save"] == ([] if decoupled else ["global_step2"]), "committed when really done"
         assert list(record["files"]) == ["global_step2", "global_step4"]
         assert (record["latest"], record["load"], record["same"]) == ("global_step4", "", True)
+        assert record["random state"], "of the save, not of the commit"
     shards = [name for name in records[0]["writers"][writer]["files"]["global_step4"] if "optim_states" in name]
     assert len(shards) == (0 if writer.startswith("0") else 2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import platform
 import shutil
@@ -32,11 +33,13 @@ from pathswitch.checkpoint import (
     staging_folder,
     write_latest,
 )
-from pathswitch.errors import CheckpointError, ConfigError
+from pathswitch.errors import CheckpointError, ConfigError, LedgerError
 from pathswitch.integrations.collective import describe_os_error, gather, on_first_rank
 from pathswitch.integrations.random_state import random_state_name, save_random_state
 from pathswitch.versions.ledger import folder_name, run_ledger
 from pathswitch.versions.records import CheckpointRecord
+
+logger = logging.getLogger("pathswitch")
 
 GIT_SECONDS = 5
 
@@ -103,6 +106,7 @@ class EngineCheckpoints:
         self._save = _Save(folder, save_latest, client_state or {})
         hidden_tag = os.path.relpath(staging_folder(folder), save_dir)
         try:
+            self._save_random_state(staging_folder(folder))
             return original(engine, save_dir, hidden_tag, client_state or {}, False, **options)
         except BaseException:
             self._save = None
@@ -150,6 +154,14 @@ class EngineCheckpoints:
                 raise
             self._save.failures.append(f"rank {dist.get_rank()}: {path}: {_reason(error)}")
 
+    def _save_random_state(self, staging: Path) -> None:
+        """Write this rank's random state now: a decoupled writer commits when the next update has drawn from it."""
+        path = staging / random_state_name(dist.get_rank())
+        assert self._save is not None
+        self._save.written.append(path)
+        staging.mkdir(exist_ok=True)  # asks the server, where a network file system has not heard of the folder yet
+        self._holding_back(path, lambda: save_random_state(path))
+
     def _commit(self, save: _Save) -> None:
         """Hash what each rank wrote, in parallel; then rank 0 commits."""
         staging = staging_folder(save.folder)
@@ -158,23 +170,23 @@ class EngineCheckpoints:
         reports = gather((own, save.failures + ([failure] if failure else [])))
         failures = [line for _, lines in reports for line in lines]
         if failures:
+            message = on_first_rank(lambda: _not_saved(save.folder, failures))
             on_first_rank(lambda: discard(staging))
-            raise CheckpointError(_not_saved(save.folder, failures))
+            raise CheckpointError(message)
         entries = {name: entry for files, _ in reversed(reports) for name, entry in files.items()}
         try:
             self.parent = on_first_rank(lambda: self._publish(save, entries))
         except CheckpointError as error:
-            raise CheckpointError(_not_saved(save.folder, [str(error)])) from None
+            reasons = [str(error)]
+            raise CheckpointError(on_first_rank(lambda: _not_saved(save.folder, reasons))) from None
 
     def _own_entries(self, save: _Save, staging: Path) -> tuple[dict[str, FileEntry], str | None]:
         """Return the entries of the files that this rank wrote, durable by now, or why there are none."""
         rank = dist.get_rank()
-        random_state = staging / random_state_name(rank)
         try:
-            save_random_state(random_state)
-            written = [path for path in {*save.written, random_state} if path.is_file()]
+            written = [path for path in save.written if path.is_file()]
             return {p.relative_to(staging).as_posix(): hash_file(p, rank=rank, sync=True) for p in written}, None
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             return {}, f"rank {rank}: {_reason(error)}"
 
     def _publish(self, save: _Save, entries: dict[str, FileEntry]) -> str:
@@ -228,7 +240,10 @@ class EngineCheckpoints:
             next_lr=manifest.next_lr,
             parent=manifest.parent,
         )
-        run_ledger(run).append(record)
+        try:
+            run_ledger(run).append(record)
+        except LedgerError as error:  # the checkpoint is committed: no reason to end the training
+            logger.warning("pathswitch: %s is saved, but not recorded: %s", folder, error)
 
 
 def parallelism(engine: Any) -> Parallelism:

@@ -60,7 +60,8 @@ def load(
         result = (str(source), result[1]) if result[0] is not None else result
     else:
         result = original(engine, load_dir, source.relative_to(load_dir).as_posix(), **options)
-        _restore_random_state(source, manifest)
+        if not options.get("load_module_only", False):
+            _restore_random_state(source, manifest)
     checkpoints.parent = manifest.digest
     if options.get("load_optimizer_states", True) and not options.get("load_module_only", False):
         _continue(checkpoints, manifest, configured)

@@ -305,6 +305,7 @@ def test_of_two_forks_at_once_the_first_wins(tmp_path: Path, policies: tuple[Pol
         assert hidden(target.parent) == [] and (target.parent / "latest").read_text() == target.name
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_fork_is_absent_or_whole_and_can_be_run_again(tmp_path: Path) -> None:
     source, kills = save(tmp_path / "main", size=20_000), 120
     before, started = snapshot(source), time.monotonic()
