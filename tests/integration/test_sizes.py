@@ -8,6 +8,7 @@ from typing import Any
 import ds_job
 import pytest
 from harness import PLAN
+from small_disks import NO_DISKS, small_disks
 
 from pathswitch.config import plan_from_params
 
@@ -24,13 +25,14 @@ LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-6, 1e-6
 def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What rank 0 of each job saw."""
     folder, result = tmp_path_factory.mktemp("sizes"), {}
-    for name, ranks, other in JOBS:
-        command = ds_job.deepspeed_command(
-            "worker_sizes.py", f"--name={name}", f"--load={other}", str(folder), ranks=ranks
-        )
-        job = ds_job.run(command, folder, timeout_seconds=200)
-        assert job.returncode == 0, job.output[-4000:]
-        result[name] = json.loads((folder / f"{name}_record" / "rank0.json").read_text())
+    with small_disks(folder / "disks") as disks:
+        for name, ranks, other in JOBS:
+            command = ds_job.deepspeed_command(
+                "worker_sizes.py", f"--name={name}", f"--load={other}", str(folder), ranks=ranks
+            )
+            job = ds_job.run(command, folder, disks, timeout_seconds=200)
+            assert job.returncode == 0, job.output[-4000:]
+            result[name] = json.loads((folder / f"{name}_record" / "rank0.json").read_text())
     return result
 
 
@@ -81,3 +83,15 @@ def test_layouts(records: dict[str, Any], name: str, other: str) -> None:
 @pytest.mark.parametrize(("name", "other"), LOADS)
 def test_damage_is_found_by_other_ranks_than_those_that_wrote(records: dict[str, Any], name: str, other: str) -> None:
     assert "optim_states.pt: expected " in records[name]["damaged"]
+
+
+@pytest.mark.parametrize(("name", "other"), LOADS)
+def test_no_room_for_the_conversion(records: dict[str, Any], name: str, other: str) -> None:
+    if "full disk" not in records[name]:
+        pytest.skip(NO_DISKS)
+    full = records[name]["full disk"]
+    assert full["error"].startswith("CheckpointError: ")
+    assert "its conversion for another number of ranks failed: " in full["error"]
+    assert " bytes are free in " in full["error"]
+    assert full["left"] == ["filler"]
+    assert full["again"] == ""

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -118,6 +120,22 @@ def load(folder: Path, stage: int) -> dict[str, Any]:
     return record
 
 
+def convert_on_a_full_disk(folder: Path, disk: Path) -> dict[str, Any]:
+    """Convert where there is no room, then where there is."""
+    filler = disk / "filler"
+    if torch.distributed.get_rank() == 0:
+        filler.write_bytes(b"\0" * (shutil.disk_usage(disk).free - 8192))
+    torch.distributed.barrier()
+    error = refused(partial(engine(2, convert_folder=str(disk)).load_checkpoint, folder))
+    torch.distributed.barrier()
+    record: dict[str, Any] = {"error": error, "left": sorted(path.name for path in disk.iterdir())}
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        filler.unlink()
+    torch.distributed.barrier()
+    return record | {"again": refused(partial(engine(2, convert_folder=str(disk)).load_checkpoint, folder))}
+
+
 def other_layouts(out: Path, name: str) -> dict[str, Any]:
     """Load a stage's checkpoint under every other stage, with the same and with another number of ranks."""
     record = {}
@@ -146,6 +164,8 @@ def main() -> None:
         if torch.distributed.get_rank() == 0:
             damaged.write_bytes(damaged.read_bytes()[:-1])
         torch.distributed.barrier()
+        if "FULL_DISK" in os.environ:
+            record["full disk"] = convert_on_a_full_disk(out / others[0] / "stage2", Path(os.environ["FULL_DISK"]))
         record["damaged"] = refused(partial(engine(1).load_checkpoint, out / others[0] / "stage1"))
     (out / f"{name}_record").mkdir(exist_ok=True)
     finish(record, out / f"{name}_record")

@@ -69,14 +69,14 @@ def converted(source: Path, target: Path) -> Iterator[tuple[Path, str]]:
     while not outcome.is_file():
         time.sleep(POLL_SECONDS)
     said = outcome.read_text()
+    if said == CONVERTED:
+        # If a rank fails while it loads, it must not wait for the others here; the next attempt removes the copy.
+        yield folder, TAG
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
     if said != CONVERTED:
         raise CheckpointError(f"{source}: its conversion for another number of ranks failed: {said}")
-    try:
-        yield folder, TAG
-    finally:
-        dist.barrier()
-        if dist.get_rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fresh_folder(target: Path) -> Path:
@@ -99,7 +99,11 @@ def _convert(source: Path, output: Path) -> str:
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode == 0 and output.is_dir():
         return CONVERTED
-    return (result.stderr.strip() or result.stdout.strip() or f"exit code {result.returncode}").splitlines()[-1]
+    said = (result.stderr.strip() or result.stdout.strip() or f"exit code {result.returncode}").splitlines()[-1]
+    # torch's writer does not say that the disk is full.
+    free = shutil.disk_usage(output.parent).free
+    shutil.rmtree(output, ignore_errors=True)  # for the outcome, which has to be written
+    return f"{said} ({free} bytes are free in {output.parent})"
 
 
 def repair_optimizer(optimizer: torch.optim.Optimizer, settings: list[dict[str, Any]], stage: int) -> None:
