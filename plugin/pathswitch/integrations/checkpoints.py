@@ -49,6 +49,7 @@ class _Save:
     """A save that has begun and is not yet committed."""
 
     folder: Path
+    hidden_tag: str
     write_latest: bool
     client_state: dict[str, Any]
     written: list[Path] = field(default_factory=list)
@@ -103,8 +104,8 @@ class EngineCheckpoints:
         tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
         folder = Path(save_dir, tag)
         on_first_rank(lambda: str(begin_save(folder)))
-        self._save = _Save(folder, save_latest, client_state or {})
         hidden_tag = os.path.relpath(staging_folder(folder), save_dir)
+        self._save = _Save(folder, hidden_tag, save_latest, client_state or {})
         try:
             self._save_random_state(staging_folder(folder))
             return original(engine, save_dir, hidden_tag, client_state or {}, False, **options)
@@ -130,7 +131,8 @@ class EngineCheckpoints:
 
         def watched_commit(info: Any) -> Any:
             result = finish(info)
-            if self._save is not None and Path(info.save_dir, info.tag) == staging_folder(self._save.folder):
+            # DeepSpeed 0.18 gives the bare tag here.
+            if self._save is not None and getattr(info, "tag", info) == self._save.hidden_tag:
                 pending, self._save = self._save, None
                 self._commit(pending)
             return result
