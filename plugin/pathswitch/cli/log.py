@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import sys
 from pathlib import Path
@@ -10,8 +9,10 @@ from pathlib import Path
 from rich.console import Console
 
 from pathswitch.checkpoint import checkpoint_state
+from pathswitch.cli.run_checkpoints import path_lock
 from pathswitch.errors import RunError
 from pathswitch.report.lineage import draw, to_json
+from pathswitch.run_folder import PathFolder
 from pathswitch.versions.ledger import run_ledger
 from pathswitch.versions.lineage import FolderState, lineages
 
@@ -33,7 +34,7 @@ def log_command(run: Path, as_json: bool, console: Console) -> int:
     found = lineages(
         (stored.record for stored in content.records),
         state_of,
-        is_running=lambda paradigm, path: is_locked(run / paradigm / path / "lock"),
+        is_running=lambda paradigm, path: is_training(PathFolder(run / paradigm / path)),
     )
     if as_json:
         print(json.dumps(to_json(found), indent=1))
@@ -46,13 +47,7 @@ def log_command(run: Path, as_json: bool, console: Console) -> int:
     return 1 if content.damaged else 0
 
 
-def is_locked(file: Path) -> bool:
-    """Return whether a live process holds the lock file of a path; it is neither created nor written to."""
-    try:
-        with file.open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+def is_training(path: PathFolder) -> bool:
+    """Return whether a live process holds the lock of a path; it is neither created nor written to."""
+    with path_lock(path, shared=True) as held:
+        return held is False

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from pathswitch.cli.log import is_locked
+from pathswitch.cli.log import is_training
+from pathswitch.run_folder import PathFolder
 from pathswitch.versions.ledger import Ledger
 from pathswitch.versions.records import CheckpointRecord
 
@@ -93,13 +94,13 @@ def test_a_path_is_running_while_its_lock_is_held(run: Path) -> None:
 
 
 def test_asking_for_a_lock_leaves_it_free(tmp_path: Path) -> None:
-    lock = tmp_path / "lock"
-    assert not is_locked(lock)
+    path, lock = PathFolder(tmp_path), tmp_path / "lock"
+    assert not is_training(path)
     lock.touch()
-    assert not is_locked(lock)
+    assert not is_training(path)
     with lock.open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        assert is_locked(lock)
+        assert is_training(path)
 
 
 def test_damaged_records_are_named_and_hide_nothing(run: Path) -> None:
