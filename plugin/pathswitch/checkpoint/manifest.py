@@ -88,7 +88,7 @@ class Manifest(_Model):
     @cached_property
     def content(self) -> bytes:
         """The canonical JSON: keys sorted, no spaces."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+        return _canonical(self.model_dump(mode="json"))
 
     @cached_property
     def digest(self) -> str:
@@ -120,7 +120,7 @@ def read_manifest(folder: Path, key: bytes | None = None) -> Manifest:
         raise CheckpointError(f"{path}: damaged: it is not a manifest in JSON") from None
     if envelope.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {envelope.get('format')!r}; this version reads {FORMAT}")
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    canonical = _canonical(content)
     if digest_bytes(canonical) != digest:
         raise CheckpointError(f"{path}: edited: digest expected {digest}, found {digest_bytes(canonical)}")
     if key is not None and not _is_signed(canonical, key, signature):
@@ -149,6 +149,10 @@ def read_key(path: str | Path | None) -> bytes | None:
     if len(key) < MINIMUM_KEY_BYTES:
         raise ConfigError("signing_key_file", given=f"{path} with {len(key)} bytes", allowed=allowed)
     return key
+
+
+def _canonical(content: object) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _sign(content: bytes, key: bytes) -> str:
