@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from pathswitch.checkpoint.settings import CheckpointSettings
 from pathswitch.errors import ConfigError, choices
 from pathswitch.schedule import MainPath, Shape, make_shape
 from pathswitch.versions import Plan, Version
@@ -94,6 +95,8 @@ class VersionSection(ShapeKeys):
     decay_steps: Count | None = None
     train: Patterns = ()
     test: Patterns = ()
+    megatron_data: Patterns = ()
+    """Megatron's --data-path for this version's data: prefixes, or weights and prefixes in turn."""
 
 
 class BaselinesSection(Section):
@@ -165,6 +168,16 @@ class TrainSection(Section):
         return self.global_batch_size // (self.micro_batch * self.ranks)
 
 
+class MegatronSection(Section):
+    """What Megatron jobs of this plan have in common beside their own arguments."""
+
+    global_batch_size: Count | None = None
+    """Samples of one optimizer step."""
+    checkpoints: str = "checkpoints"
+    """Each path saves into a folder of its own name in this one, which is relative to the plan file's folder."""
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+
 class PlanFile(Section):
     """A whole plan file."""
 
@@ -175,6 +188,7 @@ class PlanFile(Section):
     data: DataSection | None = None
     train: TrainSection | None = None
     deepspeed: dict[str, Any] = {}
+    megatron: MegatronSection = MegatronSection()
 
     @property
     def tokens_per_step(self) -> int | None:
@@ -314,7 +328,7 @@ def _config_error(
     return ConfigError(place, given=given, allowed=described)
 
 
-def _description(section: type[Section], field: str) -> str | None:
+def _description(section: type[BaseModel], field: str) -> str | None:
     """Return what a field's description says is allowed, also where the field may be left out (``X | None``)."""
     if field not in section.model_fields:
         return None
@@ -329,18 +343,21 @@ def _place(loc: tuple[int | str, ...], content: Mapping[str, object]) -> str:
         entry = content["versions"][rest[0]]  # type: ignore[index]
         name = f" ({entry['name']!r})" if isinstance(entry, Mapping) and "name" in entry else ""
         return " ".join([f"[[versions]] number {rest[0] + 1}{name}", *map(str, rest[1:2])])
-    return " ".join([f"[{head}]", *map(str, rest[:1])])
+    return " ".join([f"[{head}]", *map(str, rest[: 2 if head == "megatron" else 1])])
 
 
-def _section_of(keys: list[str]) -> tuple[type[Section], str]:
-    sections: dict[str, type[Section]] = {
+def _section_of(keys: list[str]) -> tuple[type[BaseModel], str]:
+    sections: dict[str, type[BaseModel]] = {
         "schedule": ScheduleSection,
         "versions": VersionSection,
         "baselines": BaselinesSection,
         "model": ModelSection,
         "data": DataSection,
         "train": TrainSection,
+        "megatron": MegatronSection,
     }
+    if keys[:2] == ["megatron", "checkpoint"] and len(keys) > 2:
+        return CheckpointSettings, keys[2]
     if len(keys) > 1 and keys[0] in sections:
         return sections[keys[0]], keys[1]
     return PlanFile, keys[0]

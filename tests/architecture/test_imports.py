@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "score": set(),
     "schedule": {"errors"},
     "versions": {"errors", "atomic", "schedule"},
-    "config": {"errors", "schedule", "versions"},
+    "config": {"errors", "schedule", "versions", "checkpoint"},
     "data": {"errors", "atomic"},
     "checkpoint": {"errors", "atomic"},
     "run_folder": {"errors", "atomic", "config", "versions"},
