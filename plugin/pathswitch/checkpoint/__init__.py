@@ -6,9 +6,17 @@ from pathswitch.checkpoint.commit import (
     discard,
     recover_replaced,
     staging_folder,
-    write_latest,
 )
 from pathswitch.checkpoint.files import MANIFEST_FILE, FileEntry, digest_bytes, hash_file, shard_names
+from pathswitch.checkpoint.layout import (
+    DEEPSPEED,
+    MEGATRON,
+    MEGATRON_PACKAGE,
+    Layout,
+    iteration_folder,
+    iteration_of,
+    layout_of,
+)
 from pathswitch.checkpoint.manifest import Manifest, Parallelism, Policy, read_key, read_manifest
 from pathswitch.checkpoint.settings import CheckpointSettings, PathSwitchSection, read_section
 from pathswitch.checkpoint.verify import (
@@ -24,10 +32,14 @@ from pathswitch.checkpoint.verify import (
 )
 
 __all__ = [
+    "DEEPSPEED",
     "MANIFEST_FILE",
+    "MEGATRON",
+    "MEGATRON_PACKAGE",
     "CheckpointSettings",
     "FileEntry",
     "Finding",
+    "Layout",
     "Manifest",
     "Parallelism",
     "PathSwitchSection",
@@ -44,6 +56,9 @@ __all__ = [
     "digest_bytes",
     "discard",
     "hash_file",
+    "iteration_folder",
+    "iteration_of",
+    "layout_of",
     "read_key",
     "read_manifest",
     "read_section",
@@ -51,5 +66,4 @@ __all__ = [
     "shard_names",
     "staging_folder",
     "verify_checkpoint",
-    "write_latest",
 ]

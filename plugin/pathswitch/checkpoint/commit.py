@@ -10,11 +10,9 @@ import os
 import shutil
 from pathlib import Path
 
-from pathswitch.atomic import sync_folder, write_bytes_atomic, write_text_atomic
+from pathswitch.atomic import sync_folder, write_bytes_atomic
 from pathswitch.checkpoint.files import MANIFEST_FILE, is_shard
 from pathswitch.checkpoint.manifest import Manifest
-
-LATEST = "latest"
 
 
 def staging_folder(folder: Path) -> Path:
@@ -76,8 +74,3 @@ def recover_replaced(folder: Path) -> None:
     if not folder.exists() and replaced.is_dir():
         os.rename(replaced, folder)
         sync_folder(folder.parent)
-
-
-def write_latest(checkpoints: Path, tag: str) -> None:
-    """Name the newest committed checkpoint in DeepSpeed's own file."""
-    write_text_atomic(checkpoints / LATEST, tag)

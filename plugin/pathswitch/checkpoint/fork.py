@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 from pathswitch.atomic import sync_folder, write_bytes_atomic
-from pathswitch.checkpoint.commit import LATEST, discard, write_latest
+from pathswitch.checkpoint.commit import discard
 from pathswitch.checkpoint.files import MANIFEST_FILE, FileEntry, hash_file
+from pathswitch.checkpoint.layout import layout_of
 from pathswitch.checkpoint.manifest import SHORT_DIGEST, Manifest, Policy, read_manifest
 from pathswitch.checkpoint.verify import Finding, checkpoint_folders, describe_findings, verify_checkpoint
 from pathswitch.errors import CheckpointError
@@ -104,7 +105,7 @@ def fork_checkpoint(
         finally:
             discard(temp)
         sync_folder(target.parent)
-        write_latest(target.parent, target.name)
+        layout_of(manifest).write_latest(target.parent, target.name)
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be forked from {source}: {_describe(error)}") from None
     return Fork(target, manifest, True, method)
@@ -138,8 +139,8 @@ def _existing(source: Path, target: Path, manifest: Manifest, key: bytes | None)
             f"{target}: given a fork of {_origin(manifest)} ({source}); there is already {_origin(existing)}. Remove "
             "that one, or fork into another folder"
         )
-    if not (target.parent / LATEST).is_file():
-        write_latest(target.parent, target.name)
+    if (layout := layout_of(existing)).latest(target.parent) is None:
+        layout.write_latest(target.parent, target.name)
     return Fork(target, existing, False, None)
 
 

@@ -62,7 +62,7 @@ class Manifest(_Model):
     step: int
     """Optimizer updates done: the scheduler's counter."""
     global_steps: int
-    """DeepSpeed's own counter, which counts skipped updates too."""
+    """The framework's own counter, which counts skipped updates too."""
     samples_seen: int
     tokens_seen: int | None
     next_lr: float
@@ -74,7 +74,7 @@ class Manifest(_Model):
     parallelism: Parallelism
     dtype: str
     versions: dict[str, str]
-    """Of pathswitch, torch, deepspeed and python."""
+    """Of pathswitch, torch, the framework and python."""
     git_commit: str | None
     """Of the training script's tree; ends with "+" where files of it were changed."""
     parent: str | None
@@ -83,12 +83,17 @@ class Manifest(_Model):
     """Digest of the manifest that a fork took its files from."""
     policy: Policy = Policy()
     """The fork's policy; the checkpoints of its branch hold it as well."""
+    settings: dict[str, Any] | None = None
+    """The arguments that the order of the samples and the vocabulary depend on, where the framework tells them."""
     files: dict[str, FileEntry]
 
     @cached_property
     def content(self) -> bytes:
-        """The canonical JSON: keys sorted, no spaces."""
-        return _canonical(self.model_dump(mode="json"))
+        """The canonical JSON: keys sorted, no spaces; without settings if there are none."""
+        content = self.model_dump(mode="json")
+        if self.settings is None:
+            del content["settings"]
+        return _canonical(content)
 
     @cached_property
     def digest(self) -> str:

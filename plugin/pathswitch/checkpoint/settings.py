@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pathswitch.checkpoint.manifest import read_key
 from pathswitch.checkpoint.verify import VerifyMode
 from pathswitch.errors import ConfigError, choices
 
@@ -26,6 +27,18 @@ class CheckpointSettings(_Section):
     """Manifests are signed with the key in this file, and others are refused."""
     convert_folder: str | None = None
     """Where a checkpoint is converted for another number of ranks; beside the checkpoint if not given."""
+
+    def signing_key(self, where: str) -> bytes | None:
+        """Return the key, None if there is none; ``where`` these settings stand is for the error.
+
+        Raises:
+            ConfigError: the key cannot be read, or would vouch for digests that nobody compares.
+        """
+        key = read_key(self.signing_key_file)
+        if key is not None and self.verify != "full":
+            allowed = "full: a signature vouches for digests, which the other modes do not compare"
+            raise ConfigError(f"{where}verify", given=self.verify, allowed=allowed)
+        return key
 
 
 class PathSwitchSection(_Section):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from pathswitch.checkpoint.files import MANIFEST_FILE, FileEntry, hash_file, is_shard, regular_size, shard_names
+from pathswitch.checkpoint.layout import iteration_of
 from pathswitch.checkpoint.manifest import Manifest, read_manifest
 from pathswitch.errors import CheckpointError
 
@@ -92,7 +93,8 @@ def checkpoint_folders(root: Path) -> Iterator[Path]:
     """Return the folders below ``root`` (or itself) that look like checkpoints, hidden ones left out."""
     for directory, subfolders, files in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        if MANIFEST_FILE in files or any(name.endswith("_states.pt") for name in files):
+        by_deepspeed = any(name.endswith("_states.pt") for name in files)
+        if MANIFEST_FILE in files or by_deepspeed or iteration_of(Path(directory).name) is not None:
             subfolders.clear()
             yield Path(directory)
 

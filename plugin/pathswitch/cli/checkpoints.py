@@ -20,10 +20,11 @@ from pathswitch.checkpoint import (
     check_names,
     checkpoint_folders,
     describe_findings,
+    layout_of,
     read_key,
     read_manifest,
 )
-from pathswitch.checkpoint.commit import LATEST, discard
+from pathswitch.checkpoint.commit import discard
 from pathswitch.checkpoint.fork import CompareMode
 from pathswitch.checkpoint.retention import (
     Decision,
@@ -203,15 +204,8 @@ def _inventory(run: Path, records: list[Record]) -> tuple[list[Stored], list[Unu
             )
         else:
             place = folder, manifest.paradigm, manifest.path, manifest.step, manifest.digest
-            stored.append(Stored(*place, is_latest=_latest(folder.parent) == folder.name))
+            stored.append(Stored(*place, is_latest=layout_of(manifest).latest(folder.parent) == folder.name))
     return stored, unusable
-
-
-def _latest(checkpoints: Path) -> str | None:
-    try:
-        return (checkpoints / LATEST).read_text(errors="replace").strip()
-    except FileNotFoundError:
-        return None
 
 
 def _planned_paths(run: Path, paradigms: set[str], records: list[Record]) -> list[PlannedPath]:

@@ -3,45 +3,29 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
-import platform
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from pathswitch.checkpoint import (
+    DEEPSPEED,
     FileEntry,
     Manifest,
     Parallelism,
     Policy,
     begin_save,
-    commit,
-    discard,
-    hash_file,
-    read_key,
     read_section,
-    shard_names,
     staging_folder,
-    write_latest,
 )
-from pathswitch.errors import CheckpointError, ConfigError, LedgerError
-from pathswitch.integrations.collective import describe_os_error, gather, on_first_rank
+from pathswitch.errors import ConfigError
+from pathswitch.integrations.collective import on_first_rank
+from pathswitch.integrations.committing import commit_together, git_commit, reason, record_checkpoint, versions
 from pathswitch.integrations.random_state import random_state_name, save_random_state
-from pathswitch.versions.ledger import folder_name, run_ledger
-from pathswitch.versions.records import CheckpointRecord
-
-logger = logging.getLogger("pathswitch")
-
-GIT_SECONDS = 5
 
 
 @dataclass
@@ -69,10 +53,7 @@ class EngineCheckpoints:
         self.engine = engine
         self.section = read_section(engine._config._param_dict)
         self.settings = self.section.checkpoint
-        self.key = read_key(self.settings.signing_key_file)
-        if self.key is not None and self.settings.verify != "full":
-            allowed = "full: a signature vouches for digests, which the other modes do not compare"
-            raise ConfigError("ds_config pathswitch.checkpoint.verify", given=self.settings.verify, allowed=allowed)
+        self.key = self.settings.signing_key("ds_config pathswitch.checkpoint.")
         if engine.use_node_local_storage():
             allowed = "false: ranks of other nodes must be able to verify and fork a checkpoint"
             raise ConfigError("ds_config checkpoint.use_node_local_storage", given=True, allowed=allowed)
@@ -154,7 +135,7 @@ class EngineCheckpoints:
         except Exception as error:
             if self._save is None:
                 raise
-            self._save.failures.append(f"rank {dist.get_rank()}: {path}: {_reason(error)}")
+            self._save.failures.append(f"rank {dist.get_rank()}: {path}: {reason(error)}")
 
     def _save_random_state(self, staging: Path) -> None:
         """Write this rank's random state now: a decoupled writer commits when the next update has drawn from it."""
@@ -165,42 +146,20 @@ class EngineCheckpoints:
         self._holding_back(path, lambda: save_random_state(path))
 
     def _commit(self, save: _Save) -> None:
-        """Hash what each rank wrote, in parallel; then rank 0 commits."""
-        staging = staging_folder(save.folder)
-        dist.barrier()
-        own, failure = self._own_entries(save, staging)
-        reports = gather((own, save.failures + ([failure] if failure else [])))
-        failures = [line for _, lines in reports for line in lines]
-        if failures:
-            message = on_first_rank(lambda: _not_saved(save.folder, failures))
-            on_first_rank(lambda: discard(staging))
-            raise CheckpointError(message)
-        entries = {name: entry for files, _ in reversed(reports) for name, entry in files.items()}
-        try:
-            self.parent = on_first_rank(lambda: self._publish(save, entries))
-        except CheckpointError as error:
-            reasons = [str(error)]
-            raise CheckpointError(on_first_rank(lambda: _not_saved(save.folder, reasons))) from None
+        self.parent = commit_together(
+            save.folder,
+            save.written,
+            save.failures,
+            lambda files: self._manifest(save, files),
+            key=self.key,
+            committed=lambda manifest: self._committed(save, manifest),
+        )
 
-    def _own_entries(self, save: _Save, staging: Path) -> tuple[dict[str, FileEntry], str | None]:
-        """Return the entries of the files that this rank wrote, durable by now, or why there are none."""
-        rank = dist.get_rank()
-        try:
-            written = [path for path in save.written if path.is_file()]
-            return {p.relative_to(staging).as_posix(): hash_file(p, rank=rank, sync=True) for p in written}, None
-        except OSError as error:
-            return {}, f"rank {rank}: {_reason(error)}"
-
-    def _publish(self, save: _Save, entries: dict[str, FileEntry]) -> str:
-        staging = staging_folder(save.folder)
-        # Whatever was written past DeepSpeed's writer, tensors offloaded to NVMe for one.
-        rest = {name: hash_file(staging / name, sync=True) for name in sorted(shard_names(staging) - entries.keys())}
-        manifest = self._manifest(save, dict(sorted({**entries, **rest}.items())))
-        commit(save.folder, manifest, self.key)
+    def _committed(self, save: _Save, manifest: Manifest) -> None:
         if save.write_latest:
-            write_latest(save.folder.parent, save.folder.name)
-        self._record(save.folder, manifest)
-        return manifest.digest
+            DEEPSPEED.write_latest(save.folder.parent, save.folder.name)
+        if self.section.run is not None:
+            record_checkpoint(Path(self.section.run), save.folder, manifest)
 
     def _manifest(self, save: _Save, files: dict[str, FileEntry]) -> Manifest:
         engine, scheduler = self.engine, self.engine.lr_scheduler
@@ -219,33 +178,12 @@ class EngineCheckpoints:
             data_digests=save.client_state.get("pathswitch_data"),
             parallelism=parallelism(engine),
             dtype="bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
-            versions=_versions(),
-            git_commit=_git_commit(),
+            versions=versions("deepspeed"),
+            git_commit=git_commit(),
             parent=self.parent,
             policy=self.policy,
             files=files,
         )
-
-    def _record(self, folder: Path, manifest: Manifest) -> None:
-        """Append the checkpoint to the run's ledger, if there is a run."""
-        if self.section.run is None:
-            return
-        run = Path(self.section.run)
-        record = CheckpointRecord(
-            manifest=manifest.digest,
-            folder=folder_name(folder, run),
-            paradigm=manifest.paradigm,
-            path=manifest.path,
-            step=manifest.step,
-            samples_seen=manifest.samples_seen,
-            tokens_seen=manifest.tokens_seen,
-            next_lr=manifest.next_lr,
-            parent=manifest.parent,
-        )
-        try:
-            run_ledger(run).append(record)
-        except LedgerError as error:  # the checkpoint is committed: no reason to end the training
-            logger.warning("pathswitch: %s is saved, but not recorded: %s", folder, error)
 
 
 def parallelism(engine: Any) -> Parallelism:
@@ -257,38 +195,3 @@ def parallelism(engine: Any) -> Parallelism:
         tensor_parallel_size=int(engine.mp_world_size),
         pipeline_parallel_size=int(getattr(engine, "num_stages", 1)),
     )
-
-
-def _reason(error: Exception) -> str:
-    return describe_os_error(error) if isinstance(error, OSError) else str(error).partition("\n")[0]
-
-
-def _not_saved(folder: Path, reasons: list[str]) -> str:
-    # torch's writer says what it could not do, but not why: a full disk is for the reader to see.
-    free = shutil.disk_usage(folder.parent).free
-    return (
-        f"{folder} was not saved: {'; '.join(reasons)}. What was saved before is as it was; {free} bytes are free there"
-    )
-
-
-@cache
-def _versions() -> dict[str, str]:
-    packages = {name: package_version(name) for name in ("pathswitch", "torch", "deepspeed")}
-    return {**packages, "python": platform.python_version()}
-
-
-@cache
-def _git_commit() -> str | None:
-    """Return the commit of the training script's tree, with "+" if files of it were changed since."""
-    script = Path(sys.argv[0] or ".").resolve()
-    folder = script.parent if script.is_file() else Path.cwd()
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS, check=True)
-        return result.stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None  # no git, or not a repository

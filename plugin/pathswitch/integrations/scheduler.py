@@ -18,10 +18,17 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 
 from pathswitch.errors import ConfigError, ScheduleError
-from pathswitch.schedule.paths import Field
+from pathswitch.integrations.path_state import (
+    check_position,
+    describe_state,
+    end_message,
+    is_past_end,
+    is_path_state,
+    path_state,
+    step_of_state,
+)
 from pathswitch.versions import MAIN, Paradigm, Path, Plan
 
-STATE_FORMAT = 1
 PATH_VARIABLE = "PATHSWITCH_PATH"
 
 
@@ -117,14 +124,7 @@ class PathSwitchLR(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counter, the path, the fields that determine its LR, and their digest."""
-        return {
-            "format": STATE_FORMAT,
-            "step": self._updates,
-            "paradigm": self.path.paradigm,
-            "path": self.path.name,
-            "schedule": dict(self.path.fields),
-            "digest": self.path.digest,
-        }
+        return path_state(self.path, self._updates)
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | None) -> None:
         """Take the counter of a checkpoint of the same path (resume) or, at the fork step, of its parent (fork).
@@ -133,69 +133,27 @@ class PathSwitchLR(LRScheduler):
             ScheduleError: the checkpoint has no state of PathSwitchLR, belongs to another path or another schedule,
                 or stands at a step where this path cannot begin or go on.
         """
-        if not isinstance(state_dict, Mapping) or "schedule" not in state_dict or "step" not in state_dict:
+        if state_dict is None or not is_path_state(state_dict):
             step = self._step_of_foreign_state(state_dict)
         else:
-            step = self._step_of_state(state_dict)
-        self._check_position(step)
+            step = step_of_state(self.plan, self.path, state_dict)
+        check_position(self.path, step)
         self._set_step(step)
         self._updated_since_step = False
         self._last_update_lrs = self._last_lr
 
     def check_position(self) -> None:
         """Raise ScheduleError unless the counter lies between this path's first and last step."""
-        self._check_position(self._updates)
-
-    def _check_position(self, step: int) -> None:
-        path = self.path
-        if step < path.start_step:
-            parent = f"a checkpoint of {path.parent!r}" if path.parent else "the beginning"
-            raise ScheduleError(
-                f"path {path.name!r} starts from {parent} at step {path.start_step}, but the counter stands at {step}: "
-                "was a checkpoint loaded, with its scheduler state?"
-            )
-        if self._past_end(step - 1):
-            raise ScheduleError(self._end_message(step))
-
-    def _past_end(self, step: int) -> bool:
-        return not self.path.open_ended and step >= self.path.end_step
-
-    def _end_message(self, step: int) -> str:
-        return (
-            f"path {self.path.name!r} ends at step {self.path.end_step} by its plan, and was asked to go on to step "
-            f"{step}: stop the training there, or give the version more steps in the plan"
-        )
+        check_position(self.path, self._updates)
 
     def _step_of_foreign_state(self, state: object) -> int:
         if self._foreign_step is not None:
             return self._foreign_step
-        found = "no scheduler state" if state is None else f"the state of another scheduler ({_describe(state)})"
+        found = "no scheduler state" if state is None else f"the state of another scheduler ({describe_state(state)})"
         raise ScheduleError(
             f"the checkpoint holds {found}; PathSwitchLR needs its own, or the parameter initial_step: "
             "the number of optimizer updates that the checkpoint has behind it"
         )
-
-    def _step_of_state(self, state: Mapping[str, Any]) -> int:
-        """Return the state's counter if this path may go on from it."""
-        if state.get("format") != STATE_FORMAT:
-            raise ScheduleError(f"scheduler state format: given {state.get('format')!r}; allowed: {STATE_FORMAT}")
-        path, saved, step = self.path, (state["paradigm"], state["path"]), int(state["step"])
-        if saved == (path.paradigm, path.name):
-            _require_same_fields(path, state["schedule"])
-        elif path.parent is not None and saved == (path.paradigm, path.parent):
-            _require_same_fields(self.plan.path(path.parent, path.paradigm), state["schedule"])
-            if step != path.start_step:
-                raise ScheduleError(
-                    f"path {path.name!r} forks from {path.parent!r} at step {path.start_step}, "
-                    f"but the checkpoint stands at step {step}"
-                )
-        else:
-            allowed = f"{path.name!r}" + (f" or its parent {path.parent!r}" if path.parent else "")
-            raise ScheduleError(
-                f"path {path.name!r} ({path.paradigm}): the checkpoint belongs to path {saved[1]!r} ({saved[0]}); "
-                f"allowed: {allowed} ({path.paradigm})"
-            )
-        return step
 
     def _set_step(self, step: int) -> None:
         """Write the LRs of the update number ``step`` into the groups, then move the counter: all or nothing."""
@@ -239,10 +197,10 @@ class PathSwitchLR(LRScheduler):
     def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Write the LR of this update into the groups, whatever a checkpoint has put there since ``step()``."""
         step = self._updates
-        if self._past_end(step):
-            raise ScheduleError(self._end_message(step + 1))
+        if is_past_end(self.path, step):
+            raise ScheduleError(end_message(self.path, step + 1))
         if step < self.path.start_step:
-            self._check_position(step)
+            check_position(self.path, step)
         self._write(self._last_lr)
         self._last_update_lrs = self._last_lr
         self._updated_since_step = True
@@ -311,19 +269,3 @@ def _lr_multiples(optimizer: Optimizer, max_lr: float) -> list[float]:
             allowed=f"max_lr ({max_lr!r}), or the LR of one of the groups: groups train at their share of it",
         )
     return [own_lr / default_lr for own_lr in own_lrs]
-
-
-def _require_same_fields(path: Path, saved: Mapping[str, Field]) -> None:
-    expected = path.fields
-    names = [*expected, *(name for name in saved if name not in expected)]
-    differing = [name for name in names if saved.get(name) != expected.get(name)]
-    if differing:
-        lines = "; ".join(f"{name}: checkpoint {saved.get(name)!r}, plan {expected.get(name)!r}" for name in differing)
-        raise ScheduleError(
-            f"path {path.name!r} ({path.paradigm}): the checkpoint was trained by another schedule: {lines}"
-        )
-
-
-def _describe(state: object) -> str:
-    keys = ", ".join(map(str, cast(Mapping[str, Any], state))) if isinstance(state, Mapping) else type(state).__name__
-    return f"keys {keys}" if isinstance(state, Mapping) else keys

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pathswitch.checkpoint import Manifest, Parallelism, begin_save, commit, hash_file, write_latest
+from pathswitch.checkpoint import DEEPSPEED, Manifest, Parallelism, begin_save, commit, hash_file
 from pathswitch.run_folder import tag
 
 SHARDS = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt", "offloaded/rank_0.swp")
@@ -49,7 +49,7 @@ def save(
         (staging / name).write_bytes((seed * (1 + size // len(seed)))[:size])
     files = {name: hash_file(staging / name, sync=True) for name in SHARDS}
     commit(folder, manifest_of(folder, files, step=step, **changes), key)
-    write_latest(checkpoints, folder.name)
+    DEEPSPEED.write_latest(checkpoints, folder.name)
     return folder
 
 

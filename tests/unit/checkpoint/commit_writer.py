@@ -26,6 +26,7 @@ from checkpoint_files import manifest_of
 
 import pathswitch.versions.ledger as ledger_module
 from pathswitch.checkpoint import (
+    DEEPSPEED,
     Manifest,
     Policy,
     begin_save,
@@ -35,7 +36,6 @@ from pathswitch.checkpoint import (
     read_manifest,
     recover_replaced,
     verify_checkpoint,
-    write_latest,
 )
 from pathswitch.checkpoint.fork import fork_checkpoint
 from pathswitch.run_folder import PathFolder, tag
@@ -77,7 +77,7 @@ class Writer:
             files[name] = hash_file(staging / name, sync=True)
         manifest = manifest_of(folder, files, step=step, parent=self.parent and self.parent.digest)
         commit(folder, manifest)
-        write_latest(self.checkpoints, folder.name)
+        DEEPSPEED.write_latest(self.checkpoints, folder.name)
         os.write(self.noted, f"{self.ledger.append(record_of(folder, manifest))}\n".encode())
         self.parent = manifest
 
