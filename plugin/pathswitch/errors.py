@@ -39,6 +39,10 @@ class CheckpointError(PathSwitchError):
     """A checkpoint is damaged, was never committed, or cannot be used by this job."""
 
 
+class UpstreamError(PathSwitchError):
+    """A framework does not have what these hooks replace."""
+
+
 class LedgerError(PathSwitchError):
     """A ledger record cannot be read or written."""
 

@@ -182,6 +182,7 @@ class EngineCheckpoints:
             git_commit=git_commit(),
             parent=self.parent,
             policy=self.policy,
+            settings=scheduler.data_settings(),
             files=files,
         )
 

@@ -1,6 +1,6 @@
 """Patches of ``DeepSpeedEngine`` that a configuration alone cannot express; each replaces one method, once.
 
-They act only in engines whose scheduler is PathSwitchLR.
+They act only in engines whose scheduler follows a plan.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from pathswitch.errors import PathSwitchError
 from pathswitch.integrations.checkpoints import EngineCheckpoints
 from pathswitch.integrations.loading import load
-from pathswitch.integrations.scheduler import PathSwitchLR
+from pathswitch.integrations.path_state import FollowsPlan
 
 logger = logging.getLogger("pathswitch")
 
@@ -53,7 +53,7 @@ def _patch(name: str, replacement: Wrapper) -> None:
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(getattr(self, "lr_scheduler", None), PathSwitchLR):
+        if not isinstance(getattr(self, "lr_scheduler", None), FollowsPlan):
             return original(self, *args, **kwargs)
         named = inspect.signature(original).bind(self, *args, **kwargs).arguments
         named.pop("self")

@@ -42,6 +42,7 @@ def load(
     source, manifest = chosen
     if manifest is None:
         return original(engine, load_dir, source.relative_to(load_dir).as_posix(), **options)
+    engine.lr_scheduler.check_manifest(manifest)
     configured = group_settings(engine.lr_scheduler.optimizer)
     if needs_conversion(manifest, parallelism(engine)):
         result = _load_converted(checkpoints, original, source, configured, options)

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from pathswitch.errors import ScheduleError
 from pathswitch.schedule.paths import Field
 from pathswitch.versions import Path, Plan
 
+if TYPE_CHECKING:  # pydantic would slow down every `import torch`
+    from pathswitch.checkpoint import Manifest
+
 STATE_FORMAT = 1
+
+
+class FollowsPlan:
+    """Base of the schedulers whose LR is a path's: an engine of DeepSpeed with one has durable checkpoints."""
+
+    plan: Plan
+    path: Path
+
+    def data_settings(self) -> dict[str, Any] | None:
+        """Return the arguments that the samples follow from, where the training script's are known."""
+        return None
+
+    def check_manifest(self, manifest: Manifest) -> None:
+        """Refuse to go on from a checkpoint whose data_settings are not this job's."""
 
 
 def path_state(path: Path, step: int) -> dict[str, Any]:

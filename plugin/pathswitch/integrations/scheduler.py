@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer
 
 from pathswitch.errors import ConfigError, ScheduleError
 from pathswitch.integrations.path_state import (
+    FollowsPlan,
     check_position,
     describe_state,
     end_message,
@@ -32,7 +33,7 @@ from pathswitch.versions import MAIN, Paradigm, Path, Plan
 PATH_VARIABLE = "PATHSWITCH_PATH"
 
 
-class PathSwitchLR(LRScheduler):
+class PathSwitchLR(FollowsPlan, LRScheduler):
     """Sets the LR of every update to the plan's LR for one path, times the param group's own multiple.
 
     Where param groups have LRs of their own, a group's multiple is its LR over the optimizer's default LR (best set to

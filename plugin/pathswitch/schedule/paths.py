@@ -79,6 +79,10 @@ class MainPath:
 
         return lr
 
+    def scaled_to(self, max_lr: float) -> MainPath:
+        """Return this path with another max_lr, and init_lr in the same proportion."""
+        return MainPath(max_lr, self.init_lr * (max_lr / self.max_lr), self.warmup_steps)
+
     def fields(self) -> dict[str, Field]:
         """Return max_lr, init_lr and warmup_steps."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -125,6 +129,11 @@ class BranchPath:
             return curve((step - fork_step) / decay_steps)
 
         return lr
+
+    def scaled_to(self, max_lr: float) -> BranchPath:
+        """Return this path with another max_lr, and init_lr and final_lr in the same proportion."""
+        final_lr = self.final_lr * (max_lr / self.main.max_lr)
+        return BranchPath(self.main.scaled_to(max_lr), self.fork_step, self.decay_steps, self.shape, final_lr)
 
     def fields(self) -> dict[str, Field]:
         """Return the main path's fields, the fork and decay steps, the shape with its parameters, final_lr."""

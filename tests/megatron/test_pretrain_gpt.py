@@ -1,0 +1,187 @@
+"""An unchanged pretrain_gpt.py under a plan: main path, branches, kills and refusals, in a real Megatron-LM.
+
+MEGATRON_PATH names the checkout. It needs its compiled dataset helpers for this Python (`make` in
+megatron/core/datasets, or those of the installed megatron-core), triton, six and psutil.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from pretrain_gpt import Checkout, Outcome, write_data
+from typer.testing import CliRunner
+
+from pathswitch.checkpoint import committed_checkpoints
+from pathswitch.cli.app import app
+from pathswitch.config import build_plan, load_plan_file
+from pathswitch.versions.ledger import run_ledger
+
+MEGATRON_PATH = os.environ.get("MEGATRON_PATH")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not MEGATRON_PATH,
+        reason="needs a checkout of NVIDIA/Megatron-LM: clone it, build megatron/core/datasets, set MEGATRON_PATH to it",
+    ),
+]
+PLAN = """
+[schedule]
+max_lr = 1e-3
+warmup_steps = 3
+{final_lr}
+
+[[versions]]
+name = "v1"
+steps = 20
+decay_steps = 8
+
+[[versions]]
+name = "v2"
+steps = 20
+decay_steps = 10
+shape = "linear"
+
+[megatron]
+global_batch_size = 4
+"""
+FORKS, ENDS = {"v1": 12, "v2": 30}, {"v1": 20, "v2": 40}
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def ranks(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory, ranks: int) -> Checkout:
+    folder = tmp_path_factory.mktemp(f"megatron{ranks}")
+    (folder / "plan.toml").write_text(PLAN.format(final_lr=""))
+    (folder / "control").mkdir()
+    (folder / "control" / "plan.toml").write_text(PLAN.format(final_lr="final_lr = 1e-3"))
+    write_data(folder / "data", 100, seed=1)
+    return Checkout(Path(str(MEGATRON_PATH)).resolve(), folder, "plan.toml")
+
+
+@pytest.fixture(scope="module")
+def main(checkout: Checkout, ranks: int) -> Outcome:
+    outcome = checkout.train("main", "--save", "main", "--load", "main", ranks=ranks)
+    assert outcome.code == 0, outcome.log[-3000:]
+    return outcome
+
+
+def printed_lrs(checkout: Checkout, path: str, first: int, last: int) -> dict[int, str]:
+    """What Megatron prints after iteration n: the LR of the next one."""
+    lr = build_plan(load_plan_file(checkout.folder / checkout.plan)).path(path).lr
+    return {n: f"{lr(n):.6E}" for n in range(first, last + 1)}
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(manifest.step for _, manifest in committed_checkpoints(folder))
+
+
+def test_main_path(checkout: Checkout, main: Outcome) -> None:
+    assert main.lrs == printed_lrs(checkout, "main", 1, 40)
+    assert steps_in(checkout.folder / "main") == [12, 15, 30, 40], "saved where branches fork, whatever the interval"
+    records = [record for record in run_ledger(checkout.folder).read() if record.kind == "checkpoint"]
+    assert sorted(r.step for r in records if r.path == "main") == [12, 15, 30, 40]
+    _, manifest = committed_checkpoints(checkout.folder / "main")[0]
+    assert {".metadata", "metadata.json"} <= manifest.files.keys() and manifest.samples_seen == 160
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_control_branch_equals_the_main_path(checkout: Checkout, main: Outcome, ranks: int, version: str) -> None:
+    arguments = ("--load", "main", "--ckpt-step", str(FORKS[version]), "--save", f"control-{version}")
+    control = checkout.train(version, *arguments, ranks=ranks, plan="control/plan.toml")
+    assert control.code == 0, control.log[-3000:]
+    steps = range(FORKS[version] + 1, ENDS[version] + 1)
+    # Megatron prints the mean of the first two losses as the second loss of a job.
+    same = [n for n in steps if n != FORKS[version] + 2]
+    assert [control.losses[n] for n in same] == [main.losses[n] for n in same]
+    assert set(control.lrs.values()) == {"1.000000E-03"}
+
+
+def test_branch_in_place_ends_by_itself(checkout: Checkout, main: Outcome, ranks: int) -> None:
+    arguments = ("--load", "main", "--ckpt-step", "12", "--save", "v1", "--async-save")
+    if "use-persistent-ckpt-worker" in (checkout.megatron / "megatron/training/arguments.py").read_text():
+        arguments += ("--use-persistent-ckpt-worker",)
+    branch = checkout.train("v1", *arguments, ranks=ranks)
+    assert branch.code == 0, branch.log[-3000:]
+    assert branch.lrs == printed_lrs(checkout, "v1", 13, 20) and branch.lrs[20] == "0.000000E+00"
+    assert branch.losses[13] == main.losses[13], "the first update of a branch is the main path's own next one"
+    assert steps_in(checkout.folder / "v1") == [15, 20]
+
+
+def test_killed_branch_goes_on_to_the_same_losses(checkout: Checkout, main: Outcome, ranks: int) -> None:
+    for folder in ("v2", "whole"):
+        arguments = ["fork", ".", "main@30", "--to", "v2", "--into", folder]
+        before = os.getcwd()
+        os.chdir(checkout.folder)
+        try:
+            result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        finally:
+            os.chdir(before)
+        assert result.exit_code == 0, result.output
+    line = ("--save-interval", "2")
+    whole = checkout.train("v2", *line, "--load", "whole", "--save", "whole", ranks=ranks)
+    assert whole.code == 0 and whole.lrs == printed_lrs(checkout, "v2", 31, 40), whole.log[-3000:]
+    killed = checkout.train(
+        "v2", *line, "--load", "v2", "--save", "v2", ranks=ranks, kill_at=(35, signal.SIGKILL)
+    )
+    assert killed.code != 0
+    resumed = checkout.train("v2", *line, "--load", "v2", "--save", "v2", ranks=ranks)
+    assert resumed.code == 0, resumed.log[-3000:]
+    first = min(resumed.losses)
+    assert 33 <= first <= 39
+    same = [n for n in resumed.losses if n != first + 1]
+    assert [resumed.losses[n] for n in same] == [whole.losses[n] for n in same]
+    assert resumed.lrs == printed_lrs(checkout, "v2", first, 40)
+
+
+def test_preemption_saves(checkout: Checkout, main: Outcome, ranks: int) -> None:
+    arguments = ("--exit-signal-handler", "--save", "preempted", "--load", "preempted", "--save-interval", "1000")
+    stopped = checkout.train("main", *arguments, ranks=ranks, kill_at=(5, signal.SIGTERM))
+    (step,) = [s for s in steps_in(checkout.folder / "preempted") if s != 12]
+    assert step >= 5 and step == max(stopped.losses)
+
+
+REFUSALS = {
+    "finetune": ("v1", ["--load", "main", "--ckpt-step", "12", "--finetune"], "--finetune"),
+    "no optimizer": ("v1", ["--load", "main", "--ckpt-step", "12", "--no-load-optim"], "--no-load-optim"),
+    "wrong iteration": ("v1", ["--load", "main", "--ckpt-step", "15"], "forks"),
+    "another branch's fork": ("v2", ["--load", "main", "--ckpt-step", "12"], "at step 30, where it forks"),
+    "nothing to load": ("v1", ["--load", "empty"], "starts from a checkpoint of 'main' at step 12"),
+    "no load": ("v1", [], "--load"),
+    "the parent's folder": ("v1", ["--load", "main", "--ckpt-step", "12", "--save", "main"], "a folder of its own"),
+    "train-iters": ("v1", ["--load", "main", "--ckpt-step", "12", "--train-iters", "80"], "--train-iters: checkpoint 40, now 80"),
+    "seed": ("v1", ["--load", "main", "--ckpt-step", "12", "--seed", "7"], "--seed: checkpoint 1234, now 7"),
+    "split": ("v1", ["--load", "main", "--ckpt-step", "12", "--split", "90,10,0"], "--split"),
+    "seq-length": ("v1", ["--load", "main", "--ckpt-step", "12", "--seq-length", "16"], "--seq-length: checkpoint 32, now 16"),
+    "batch": ("v1", ["--load", "main", "--ckpt-step", "12", "--global-batch-size", "8"], "--global-batch-size"),
+    "vocabulary": ("v1", ["--load", "main", "--ckpt-step", "12", "--make-vocab-size-divisible-by", "512"], "--padded-vocab-size"),
+    "lr": ("v1", ["--load", "main", "--ckpt-step", "12", "--lr", "2e-3"], "--lr: given 0.002"),
+    "unknown path": ("v7", ["--load", "main"], "v7"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refused_before_any_step(checkout: Checkout, main: Outcome, ranks: int, case: str) -> None:
+    if ranks == 2 and case not in ("wrong iteration", "seed"):
+        pytest.skip("the same on one rank; two cases show that both ranks say so")
+    path, arguments, message = REFUSALS[case]
+    save = [] if "--save" in arguments else ["--save", f"refused-{case.replace(' ', '-')}"]
+    before = sorted((checkout.folder / "main").rglob("*"))
+    outcome = checkout.train(path, *arguments, *save, ranks=ranks)
+    assert outcome.code != 0 and not outcome.losses, outcome.log[-3000:]
+    assert outcome.log.count(f"Error: ") >= ranks and message in outcome.log, outcome.log[-3000:]
+    assert sorted((checkout.folder / "main").rglob("*")) == before, "nothing is lost or half-written"
+
+
+def test_without_the_variable_nothing_is_patched(checkout: Checkout, ranks: int) -> None:
+    if ranks == 2:
+        pytest.skip("the same on one rank")
+    outcome = checkout.train(None, "--save", "stock", "--exit-interval", "4")
+    assert outcome.code == 0 and "pathswitch" not in outcome.log
+    assert outcome.lrs[3] == "9.984625E-04", "Megatron's own cosine from --lr 1e-3 to --min-lr 1e-4"
