@@ -7,9 +7,11 @@ here, and nothing of the training itself is replaced. Megatron's compiled datase
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import runpy
 import sys
+import time
 from typing import Any
 
 for name in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS"):
@@ -19,6 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
+PAUSE_SECONDS = float(os.environ.get("PAUSE_SECONDS", "0"))
 
 
 def is_cuda(device: object) -> bool:
@@ -90,8 +93,10 @@ def replace_cuda() -> None:
     cuda: Any = torch.cuda
     cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cuda.current_device = lambda: CPU
-    for name in ("set_device", "synchronize", "empty_cache", "set_stream", "reset_peak_memory_stats"):
+    for name in ("set_device", "empty_cache", "set_stream", "reset_peak_memory_stats"):
         setattr(cuda, name, nothing)
+    # Megatron synchronizes a few times in each iteration; pausing there gives a test the time to kill it.
+    cuda.synchronize = lambda *_: time.sleep(PAUSE_SECONDS)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(cuda, name, zero)
     cuda.device_memory_used = zero
@@ -122,6 +127,16 @@ def replace_cuda() -> None:
     CudaToCpu().__enter__()
 
 
+def fork_writers() -> None:
+    """Let the processes that write checkpoints be forks, which know all this; spawned ones would import everything."""
+    own = multiprocessing.get_context
+
+    def get_context(method: str | None = None) -> Any:
+        return own("fork" if method == "spawn" else method)
+
+    multiprocessing.get_context = torch.multiprocessing.get_context = get_context  # type: ignore[assignment]
+
+
 def replace_initialization() -> None:
     """Let Megatron start without CUDA, and without its own compiled kernels."""
     import megatron.training.initialize as initialize
@@ -142,6 +157,7 @@ def main() -> None:
     import megatron.training.training  # noqa: F401
 
     replace_cuda()
+    fork_writers()
     replace_initialization()
     runpy.run_path(script, run_name="__main__")
 

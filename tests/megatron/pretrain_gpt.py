@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,16 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 HERE = Path(__file__).parent
 SECONDS = 240
-MODEL = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
+MODEL = shlex.split("""
+--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 2
 --weight-decay 0.1 --train-iters 40 --transformer-impl local --distributed-backend gloo --use-cpu-initialization
 --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion
 --no-persist-layer-norm --no-gradient-accumulation-fusion --attention-backend unfused --tokenizer-type NullTokenizer
 --vocab-size 256 --log-interval 1 --eval-interval 1000 --eval-iters 0 --save-interval 15 --num-workers 0
---attention-dropout 0 --hidden-dropout 0 --split 100,0,0""".split()
+--attention-dropout 0 --hidden-dropout 0 --split 100,0,0
+""")
 LINE = re.compile(r"iteration +(\d+)/ .*learning rate: (\S+) .*lm loss: (\S+)")
 
 
@@ -70,27 +74,27 @@ class Checkout:
     ) -> Outcome:
         """Train one job to its end, or until a signal reaches its launcher when an iteration has been logged."""
         log = self.folder / f"log-{time.monotonic_ns()}.txt"
+        environment = self.environment(path, plan)
+        if kill_at is not None:
+            environment["PAUSE_SECONDS"] = "0.05"
         with log.open("w") as out:
             job = subprocess.Popen(
                 self.command(ranks, module, *arguments),
-                env=self.environment(path, plan),
+                env=environment,
                 cwd=self.folder,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
             )
             try:
                 if kill_at is not None:
                     self._wait_for(job, log, kill_at[0])
                     if kill_at[1] is signal.SIGKILL:
-                        os.killpg(job.pid, signal.SIGKILL)
+                        kill(job)
                     else:
                         job.send_signal(kill_at[1])
                 code = job.wait(SECONDS)
             finally:
-                if job.poll() is None:
-                    os.killpg(job.pid, signal.SIGKILL)
-                    job.wait()
+                kill(job)
         return Outcome(code, log.read_text())
 
     def _wait_for(self, job: subprocess.Popen[bytes], log: Path, iteration: int) -> None:
@@ -99,6 +103,15 @@ class Checkout:
             if job.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"iteration {iteration} was not reached:\n{log.read_text()[-3000:]}")
             time.sleep(0.02)
+
+
+def kill(job: subprocess.Popen[bytes]) -> None:
+    """Kill a launcher and its ranks, which are sessions of their own."""
+    if job.poll() is None:
+        launcher = psutil.Process(job.pid)
+        for process in [launcher, *launcher.children(recursive=True)]:
+            process.kill()
+        job.wait()
 
 
 def write_data(prefix: Path, documents: int, seed: int) -> None:
