@@ -6,7 +6,7 @@ import filecmp
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,8 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pathswitch.atomic import publish, temp_path, write_bytes_atomic, write_text_atomic
+from pathswitch.checkpoint import digest_bytes, hash_file
 from pathswitch.errors import ConfigError, RunError
 from pathswitch.trainer.llama import LlamaConfig
+
+# Of one file of weights, as Hugging Face cuts them: larger models get several files and an index.
+FILE_BYTES = 5_000_000_000
 
 
 def export_release(
@@ -38,21 +42,47 @@ def export_release(
     """
     tensors = _checked(state, config)
     dtype = next(iter(tensors.values())).dtype
+    described = hf_config(config, dtype, eos_token_id=eos_token_id)
+    write_release(tensors.items(), described, tokenizer_model, out, metadata=metadata)
+
+
+def write_release(
+    tensors: Iterable[tuple[str, Tensor]],
+    config: Mapping[str, object],
+    tokenizer_model: Path | None,
+    out: Path,
+    *,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a release's files as the folder ``out``: weights by Hugging Face's names, config.json, release.json.
+
+    The contiguous tensors are taken one by one: in memory are at most FILE_BYTES of them and the next one. ``out``
+    appears complete or not at all; writing the same content again changes nothing.
+
+    Raises:
+        RunError: ``out`` exists with other content.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     temp = temp_path(out)
     temp.mkdir()
     try:
-        save_file(tensors, temp / "model.safetensors", metadata={"format": "pt"})  # transformers asks for the format
-        _sync(temp / "model.safetensors")
-        write_text_atomic(temp / "config.json", _json(hf_config(config, dtype, eos_token_id=eos_token_id)))
-        write_bytes_atomic(temp / "tokenizer.model", tokenizer_model.read_bytes())
+        _write_weights(tensors, temp)
+        write_text_atomic(temp / "config.json", _json(config))
+        if tokenizer_model is not None:
+            write_bytes_atomic(temp / "tokenizer.model", tokenizer_model.read_bytes())
         write_text_atomic(temp / "release.json", _json(metadata))
         _publish_once(temp, out)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def hf_config(config: LlamaConfig, dtype: torch.dtype, *, eos_token_id: int) -> dict[str, object]:
+def release_digest(release: Path) -> str:
+    """Return what a ledger calls a release: the digest of its files' names and digests."""
+    files = {file.name: hash_file(file).blake3 for file in sorted(release.iterdir())}
+    return digest_bytes(json.dumps(files).encode())
+
+
+def hf_config(config: LlamaConfig, dtype: torch.dtype, *, eos_token_id: int | None) -> dict[str, object]:
     """Return what transformers' LlamaConfig calls the same model; it has no bos: its documents end with eos only."""
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -98,6 +128,35 @@ def _checked(state: Mapping[str, Tensor], config: LlamaConfig) -> dict[str, Tens
             found = f"{given[name].dtype} {tuple(given[name].shape)}"
             raise ConfigError(f"state {name}", given=found, allowed=f"{dtype} {shape}")
     return {name: given[name].cpu().contiguous() for name in shapes}
+
+
+def _write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Write model.safetensors, or model-00001-of-000NN.safetensors … and the index that says what is where."""
+    files: list[list[str]] = []
+    waiting: dict[str, Tensor] = {}
+    waiting_bytes = total_bytes = 0
+    for name, tensor in tensors:
+        if waiting and waiting_bytes + tensor.nbytes > FILE_BYTES:
+            files.append(_write_part(waiting, folder / f"part-{len(files)}"))
+            waiting, waiting_bytes = {}, 0
+        waiting[name] = tensor
+        waiting_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    files.append(_write_part(waiting, folder / f"part-{len(files)}"))
+    weight_map: dict[str, str] = {}
+    for index, names in enumerate(files):  # how many there are is in every name, and known only now
+        part = f"-{index + 1:05d}-of-{len(files):05d}" if len(files) > 1 else ""
+        (folder / f"part-{index}").rename(folder / f"model{part}.safetensors")
+        weight_map |= dict.fromkeys(names, f"model{part}.safetensors")
+    if len(files) > 1:
+        content = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        write_text_atomic(folder / "model.safetensors.index.json", _json(content))
+
+
+def _write_part(tensors: dict[str, Tensor], path: Path) -> list[str]:
+    save_file(tensors, path, metadata={"format": "pt"})  # transformers asks for the format
+    _sync(path)
+    return list(tensors)
 
 
 def _publish_once(temp: Path, out: Path) -> None:

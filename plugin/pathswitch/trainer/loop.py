@@ -18,14 +18,13 @@ import torch
 import torch.distributed as dist
 
 from pathswitch.atomic import write_text_atomic
-from pathswitch.checkpoint import digest_bytes, hash_file
 from pathswitch.config import PlanFile, build_plan
 from pathswitch.data import Prepared, SampleStream, load_prepared, test_windows
 from pathswitch.errors import RunError
 from pathswitch.run_folder import PathFolder, RunFolder, tag
 from pathswitch.trainer.engine import build_engine, device, llama_config, load, release_weights
 from pathswitch.trainer.evaluate import evaluate
-from pathswitch.trainer.export import export_release
+from pathswitch.trainer.export import export_release, release_digest
 from pathswitch.trainer.samples import path_stream
 from pathswitch.versions import Path as TrainingPath
 from pathswitch.versions import Plan
@@ -204,11 +203,10 @@ def _release(job: Job, engine: Any) -> None:
             eos_token_id=job.data.tokenizer.eos_id,
         )
         release = job.files.release
-        files = {file.name: hash_file(file).blake3 for file in sorted(release.iterdir())}
         record = ReleaseRecord(
             folder=release.relative_to(job.folder.out).as_posix(),
             **_origin(job, engine),
-            digest=digest_bytes(json.dumps(files).encode()),
+            digest=release_digest(release),
         )
         run_ledger(job.folder.out).append(record)
 
