@@ -6,11 +6,12 @@ The same keys, flat, are the inline parameters of ``PathSwitchLR`` in a ds_confi
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from pathswitch.checkpoint.settings import CheckpointSettings
 from pathswitch.errors import ConfigError, choices
@@ -50,7 +51,39 @@ def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def is_weighted(blend: Sequence[str]) -> bool:
+    """Return whether a --data-path of Megatron is weights and prefixes in turn.
+
+    Raises:
+        ValueError: a weight is missing, too many or not above 0; Megatron would take it for a prefix.
+    """
+    weights = [_number(entry) for entry in (blend if len(blend) % 2 else blend[::2])]
+    if all(weight is None for weight in weights):
+        return False
+    if len(blend) % 2 or not all(weight is not None and 0 < weight < inf for weight in weights):
+        raise ValueError(blend)
+    return True
+
+
+def _number(entry: str) -> float | None:
+    try:
+        return float(entry)
+    except ValueError:
+        return None
+
+
+def _checked_blend(blend: tuple[str, ...]) -> tuple[str, ...]:
+    is_weighted(blend)
+    return blend
+
+
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(description="a file name or a list of them")]
+Blend = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_as_tuple),
+    AfterValidator(_checked_blend),
+    Field(description="a prefix, a list of them, or weights > 0 and prefixes in turn, all as text"),
+]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple), Field(description="a list of numbers")]
 
 
@@ -95,8 +128,8 @@ class VersionSection(ShapeKeys):
     decay_steps: Count | None = None
     train: Patterns = ()
     test: Patterns = ()
-    megatron_data: Patterns = ()
-    """Megatron's --data-path for this version's data: prefixes, or weights and prefixes in turn."""
+    megatron_data: Blend = ()
+    """Megatron's --data-path for this version's data, relative to the plan file's folder."""
 
 
 class BaselinesSection(Section):
@@ -176,6 +209,10 @@ class MegatronSection(Section):
     checkpoints: str = "checkpoints"
     """Each path saves into a folder of its own name in this one, which is relative to the plan file's folder."""
     checkpoint: CheckpointSettings = CheckpointSettings()
+    data: Blend = ()
+    """Megatron's --data-path where all versions draw from the same data, in place of each version's own."""
+    horizon_steps: Count | None = None
+    """Steps that Megatron lays ``data`` out for; they fix the order of its samples, so they must never change."""
 
 
 class PlanFile(Section):

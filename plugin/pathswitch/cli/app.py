@@ -23,7 +23,7 @@ console = Console()
 
 PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN.toml", help="The plan file.")]
 ParadigmOption = Annotated[str, typer.Option(help=f"One of {', '.join(PARADIGMS)}.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder with its plan.toml.")]
 KeyOption = Annotated[
     Path | None, typer.Option("--signing-key-file", metavar="FILE", help="The key that signs manifests.")
@@ -202,6 +202,25 @@ def prepare_data(plan_file: PlanFile, base: Path, out: Path) -> Prepared:
         separator=data.separator,
         progress=lambda message: console.print(f"data: {message}", highlight=False),
     )
+
+
+@app.command()
+def megatron_args(
+    plan_path: PlanArgument,
+    path: Annotated[str, typer.Option(help="main, or a version's name.")] = MAIN,
+    version: Annotated[
+        str | None, typer.Option(help="The version whose data the main path trains on; the last if absent.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print one job's arguments for Megatron, as lines for bash: a branch sees the main path's samples."""
+    from pathswitch.launch.megatron import megatron_job
+
+    job = megatron_job(plan_path.resolve(), load_plan_file(plan_path), path, version)
+    if as_json:
+        _print_json(job.as_json())
+    else:
+        print(job.as_shell())
 
 
 @app.command()

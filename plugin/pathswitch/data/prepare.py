@@ -1,4 +1,7 @@
-"""Text of every version to a tokenizer and token files on disk, once; and back from disk for the training ranks."""
+"""Text of every version to a tokenizer and token files on disk, once; and back from disk for the training ranks.
+
+In place of text, a plan may name token files that Megatron's tools have made: ``PREFIX.bin``, with ``PREFIX.idx``.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,12 @@ SPLITS = ("train", "test")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _BATCH_CHARACTERS = 1 << 20
+_TOKENS = ".bin"
 
 
 @dataclass(frozen=True)
 class VersionText:
-    """Where one version's text lies: globs relative to the plan's folder."""
+    """Where one version's text, or its token files, lie: globs relative to the plan's folder."""
 
     name: str
     train: tuple[str, ...]
@@ -40,12 +44,12 @@ class StreamRecord:
     """What one token file was made from, and what it holds."""
 
     files: dict[str, str]
-    """SHA-256 of every text file, by its path relative to the plan's folder."""
+    """SHA-256 of every source file, by its path relative to the plan's folder."""
     documents: int
     tokens: int
-    """Including one end-of-sequence token per document."""
+    """Including one end-of-sequence token per document of text; those of token files as they are."""
     bytes: int
-    """UTF-8 bytes of the documents' text."""
+    """UTF-8 bytes of the documents' text; of token files, of the text that the tokenizer decodes them to."""
 
 
 @dataclass(frozen=True)
@@ -133,14 +137,17 @@ def prepare(
     The tokenizer is trained on the first version's training text, or copied from ``tokenizer_model``. A version that
     ``out`` holds is only checked against its text files; one that it lacks is added, and nothing else is touched. Each
     version is recorded in ``data.json`` after its files are complete, so a killed call is completed by the next one.
+    The tokens of token files are taken as they are; ``tokenizer_model`` is then the model that they were made with.
 
     Raises:
-        ConfigError: a bad name or pattern, or another tokenizer or separator than ``out`` was made with.
-        DataError: unusable text, or text files that changed since their version was prepared.
+        ConfigError: a bad name or pattern, text beside token files, token files without their tokenizer, or another
+            tokenizer or separator than ``out`` was made with.
+        DataError: unusable text or token files, or ones that changed since their version was prepared.
     """
     _check_names(versions)
     job = _Job(base, out, vocab_size, tokenizer_model, separator, progress)
     sources = {version.name: _sources(version, base) for version in versions}
+    _check_kinds(job, [path for files in sources.values() for path in (*files["train"], *files["test"])])
     trained_on = versions[0].name if tokenizer_model is None else None
     out.mkdir(parents=True, exist_ok=True)
     if (out / "data.json").exists():
@@ -181,6 +188,20 @@ def _check_names(versions: Sequence[VersionText]) -> None:
 
 def _sources(version: VersionText, base: Path) -> dict[str, list[Path]]:
     return {"train": expand(version.train, base), "test": expand(version.test, base)}
+
+
+def _check_kinds(job: _Job, files: Sequence[Path]) -> None:
+    """Refuse text beside token files, and token files of an unknown tokenizer."""
+    tokens = [path for path in files if path.suffix == _TOKENS]
+    if not tokens:
+        return
+    if len(tokens) < len(files):
+        text = next(path for path in files if path.suffix != _TOKENS)
+        allowed = "either text or token files for all versions, train and test"
+        raise ConfigError("train, test", given=f"{tokens[0].name} and {text.name}", allowed=allowed)
+    if job.tokenizer_model is None:
+        allowed = "the SentencePiece model that the token files were made with"
+        raise ConfigError("[data] tokenizer", given="nothing", allowed=allowed)
 
 
 def _make_tokenizer(job: _Job, files: Sequence[Path]) -> None:
@@ -224,28 +245,66 @@ def _check_unchanged(job: _Job, name: str, files: dict[str, list[Path]], recorde
 
 def _digests(files: Sequence[Path], base: Path) -> dict[str, str]:
     digests = {}
-    for path in files:
+    for path in (part for source in files for part in _parts(source)):
         with path.open("rb") as file:
             digests[Path(os.path.relpath(path, base)).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
 
 
+def _parts(path: Path) -> list[Path]:
+    """Return the files that a source consists of: a token file is a pair."""
+    if path.suffix != _TOKENS:
+        return [path]
+    index = path.with_suffix(".idx")
+    if not index.is_file():
+        raise DataError(f"{index}: no such file; a token file is a pair .bin and .idx")
+    return [path, index]
+
+
 def _encode(job: _Job, stream: str, files: Sequence[Path]) -> StreamRecord:
-    """Write one token file, an end-of-sequence token after each document."""
+    """Write one token file."""
     for leftover in job.out.glob(f"{stream}.*.tmp"):  # of a call that was killed
         leftover.unlink()
     tokenizer = Tokenizer(job.tokenizer)
     digests = _digests(files, job.base)
+    are_tokens = files[0].suffix == _TOKENS
+    sources = _from_tokens(tokenizer, files) if are_tokens else _from_text(job, tokenizer, files)
     documents = tokens = size = 0
     with IndexedWriter(job.out / stream, tokenizer.vocab_size) as writer:
-        for batch in _batches(read_documents(files, separator=job.separator)):
-            for ids in tokenizer.encode_batch(batch):
-                writer.add_document([*ids, tokenizer.eos_id])
-                tokens += len(ids) + 1
-            documents += len(batch)
-            size += sum(len(text.encode("utf-8")) for text in batch)
+        for ids, text_bytes in sources:
+            writer.add_document(ids)
+            documents += 1
+            tokens += len(ids)
+            size += text_bytes
     job.progress(f"{stream}: {size:,} bytes, {documents:,} documents, {tokens:,} tokens")
     return StreamRecord(digests, documents, tokens, size)
+
+
+def _from_text(job: _Job, tokenizer: Tokenizer, files: Sequence[Path]) -> Iterator[tuple[list[int], int]]:
+    """Yield each document's ids, an end-of-sequence token after them, and the bytes of its text."""
+    for batch in _batches(read_documents(files, separator=job.separator)):
+        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+            yield [*ids, tokenizer.eos_id], len(text.encode("utf-8"))
+
+
+def _from_tokens(tokenizer: Tokenizer, files: Sequence[Path]) -> Iterator[tuple[npt.NDArray[Any], int]]:
+    """Yield each document's ids as they are, and the bytes of the text that they decode to.
+
+    Raises:
+        DataError: a file is damaged, holds no token, or one that the tokenizer does not have.
+    """
+    for path in files:
+        source = IndexedTokens(path.with_suffix(""))
+        low, high = (source.tokens.min(), source.tokens.max()) if source.tokens.size else (0, -1)
+        if not 0 <= low <= high < tokenizer.vocab_size:
+            given = f"tokens from {low} to {high}" if source.tokens.size else "no token"
+            raise DataError(f"{path}: given {given}; allowed: 0 to {tokenizer.vocab_size - 1}, as the tokenizer has")
+        end = 0
+        for length in source.document_lengths.tolist():
+            ids = source.tokens[end : end + length]
+            end += length
+            if length:  # Megatron's tools keep documents without a token
+                yield ids, len(tokenizer.decode(ids.tolist()).encode("utf-8"))
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
