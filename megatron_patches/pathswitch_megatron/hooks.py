@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pathswitch.checkpoint import Manifest, Parallelism
+from pathswitch.checkpoint import Manifest, Parallelism, PathSwitchSection
 from pathswitch.errors import CheckpointError, ConfigError
 from pathswitch_megatron.arguments import check_arguments, data_settings
 from pathswitch_megatron.batches import BatchSchedule, batches_of, constant_batches
 from pathswitch_megatron.checkpoints import IterationCheckpoints, Position, Save
 from pathswitch_megatron.job import Job
 from pathswitch_megatron.scheduler import PlannedParamScheduler, follow_plan
-from pathswitch_megatron.upstream import Replacement
+from pathswitch_megatron.upstream import Replacement, is_first_process
 
 Call = Callable[[], Any]
 Arguments = Mapping[str, Any]
@@ -113,10 +114,15 @@ class MegatronLMHooks(_Hooks):
             return original()
         chosen = self.checkpoints.choose(Path(args.load), getattr(args, "ckpt_step", None))
         if chosen is None:
+            if getattr(args, "exit_on_missing_checkpoint", False):
+                raise CheckpointError(
+                    f"--load {args.load}: holds no checkpoint, and --exit-on-missing-checkpoint is given"
+                )
             return original()
         folder, manifest = chosen
         if manifest is not None:
             self._check(folder, manifest, scheduler)
+            self._end_if_done(folder, manifest)
         with _changed(args, {"ckpt_step": int(folder.name.removeprefix("iter_"))}):
             result = original()
         scheduler.check_position()
@@ -134,6 +140,14 @@ class MegatronLMHooks(_Hooks):
             allowed = "the newest one in --load: Megatron reads the optimizer's shards of the newest; fork it first"
             raise ConfigError("--ckpt-step with --ckpt-format torch", given=folder.name, allowed=allowed)
         scheduler.vouched_step = manifest.step
+
+    def _end_if_done(self, folder: Path, manifest: Manifest) -> None:
+        """End a job whose branch is at its end already: Megatron would find no samples left, and fail."""
+        path = self.job.path
+        if manifest.path == path.name and not path.open_ended and manifest.step >= path.end_step:
+            if is_first_process():
+                print(f"pathswitch: path {path.name!r} is trained to its end: {folder}", flush=True)
+            sys.exit(0)
 
     def save_checkpoint(self, original: Call, arguments: Arguments) -> Any:
         """Commit what Megatron saves, at once or when its asynchronous writer is done."""
@@ -197,6 +211,8 @@ class MegatronDeepSpeedHooks(_Hooks):
 
         patch_engine()
         scheduler = super().get_optimizer_param_scheduler(original, arguments)
+        run, settings = str(self.job.run), self.job.settings
+        scheduler.section = PathSwitchSection(run=run, seq_len=args.seq_length, checkpoint=settings)
         if not path.open_ended and args.exit_interval is None:
             args.exit_interval = path.end_step
         return scheduler

@@ -88,7 +88,7 @@ MEMORY_STATS = ("allocated_bytes.all", "reserved_bytes.all", "active_bytes.all",
 def replace_cuda() -> None:
     """Answer for CUDA; Megatron core must have been imported, which looks at some of it."""
     import megatron.core.tensor_parallel.random as megatron_random
-    import torch._dynamo  # noqa: F401  looks at the device as well
+    import torch._dynamo
 
     cuda: Any = torch.cuda
     cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -153,7 +153,7 @@ def replace_initialization() -> None:
 def main() -> None:
     script, sys.argv = sys.argv[1], sys.argv[1:]
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
-    import megatron.core  # noqa: F401
+    import megatron.core
     import megatron.training.training  # noqa: F401
 
     replace_cuda()

@@ -1,4 +1,4 @@
-"""Run an unchanged Megatron-DeepSpeed script on a CPU: ``torchrun ... -m megatron_deepspeed_cpu SCRIPT ARGS...`` (gloo).
+"""Run an unchanged Megatron-DeepSpeed script on a CPU: ``deepspeed --module megatron_deepspeed_cpu SCRIPT ...`` (gloo).
 
 DeepSpeed has a CPU accelerator of its own. What is answered for here is a module that newer DeepSpeeds have dropped, a
 kernel that would be compiled, and a view that CPU tensors do not have. The dataset helpers must have been built.
@@ -10,6 +10,7 @@ import importlib
 import os
 import runpy
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +27,7 @@ def replace() -> None:
     vision.datasets, vision.transforms = ModuleType("torchvision.datasets"), ModuleType("torchvision.transforms")
     vision.datasets.VisionDataset = object
     for module in (vision, vision.datasets, vision.transforms):
+        module.__spec__ = ModuleSpec(module.__name__, None)
         sys.modules[module.__name__] = module
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     attention = importlib.import_module("megatron.model.transformer").CoreAttention
@@ -39,7 +41,10 @@ def replace() -> None:
 
 
 def main() -> None:
-    script, sys.argv = sys.argv[1], sys.argv[1:]
+    # The deepspeed launcher puts --local_rank before everything else.
+    local_rank = [argument for argument in sys.argv[1:2] if argument.startswith("--local_rank")]
+    script, *arguments = sys.argv[1 + len(local_rank) :]
+    sys.argv = [script, *local_rank, *arguments]
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
     replace()
     runpy.run_path(script, run_name="__main__")

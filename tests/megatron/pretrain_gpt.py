@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,15 +18,19 @@ import psutil
 
 HERE = Path(__file__).parent
 SECONDS = 240
-MODEL = shlex.split("""
+COMMON = """
 --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 2
---weight-decay 0.1 --train-iters 40 --transformer-impl local --distributed-backend gloo --use-cpu-initialization
---no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion
---no-persist-layer-norm --no-gradient-accumulation-fusion --attention-backend unfused --tokenizer-type NullTokenizer
---vocab-size 256 --log-interval 1 --eval-interval 1000 --eval-iters 0 --save-interval 15 --num-workers 0
+--weight-decay 0.1 --train-iters 40 --distributed-backend gloo --use-cpu-initialization
+--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-gradient-accumulation-fusion
+--tokenizer-type NullTokenizer --vocab-size 256 --log-interval 1 --eval-interval 1000 --eval-iters 0 --num-workers 0
 --attention-dropout 0 --hidden-dropout 0 --split 100,0,0
-""")
+"""
+MEGATRON_LM = """
+--save-interval 15 --transformer-impl local --attention-backend unfused --no-bias-swiglu-fusion --no-rope-fusion
+--no-persist-layer-norm
+"""
+MEGATRON_DEEPSPEED = "--save-interval 6 --data-impl mmap --deepspeed --no-pipeline-parallel"
 LINE = re.compile(r"iteration +(\d+)/ .*learning rate: (\S+) .*lm loss: (\S+)")
 
 
@@ -53,8 +58,11 @@ class Checkout:
 
     def command(self, ranks: int, module: str, *arguments: str) -> list[str]:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        data = ["--data-path", str(self.folder / "data")]
-        return [*launch, "-m", module, str(self.megatron / "pretrain_gpt.py"), *MODEL, *data, *arguments]
+        return [*launch, "-m", module, *self.script(MEGATRON_LM), *arguments]
+
+    def script(self, own_arguments: str) -> list[str]:
+        model = shlex.split(COMMON + own_arguments)
+        return [str(self.megatron / "pretrain_gpt.py"), *model, "--data-path", str(self.folder / "data")]
 
     def environment(self, path: str | None, plan: str | None = None) -> dict[str, str]:
         roots = [str(HERE), str(self.megatron), os.environ.get("PYTHONPATH", "")]
@@ -103,6 +111,20 @@ class Checkout:
             if job.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"iteration {iteration} was not reached:\n{log.read_text()[-3000:]}")
             time.sleep(0.02)
+
+
+class DeepSpeedCheckout(Checkout):
+    """A checkout of Megatron-DeepSpeed, under the deepspeed launcher."""
+
+    def command(self, ranks: int, module: str, *arguments: str) -> list[str]:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = str(listener.getsockname()[1])
+        launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port]
+        return [*launcher, "--module", module, *self.script(MEGATRON_DEEPSPEED), *arguments]
+
+    def environment(self, path: str | None, plan: str | None = None) -> dict[str, str]:
+        return {**super().environment(path, plan), "DS_ACCELERATOR": "cpu"}
 
 
 def kill(job: subprocess.Popen[bytes]) -> None:

@@ -17,6 +17,7 @@ from pathswitch.checkpoint import (
     FileEntry,
     Manifest,
     Parallelism,
+    PathSwitchSection,
     Policy,
     begin_save,
     read_section,
@@ -51,7 +52,7 @@ class EngineCheckpoints:
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
-        self.section = read_section(engine._config._param_dict)
+        self.section = _section(engine)
         self.settings = self.section.checkpoint
         self.key = self.settings.signing_key("ds_config pathswitch.checkpoint.")
         if engine.use_node_local_storage():
@@ -185,6 +186,22 @@ class EngineCheckpoints:
             settings=scheduler.data_settings(),
             files=files,
         )
+
+
+def _section(engine: Any) -> PathSwitchSection:
+    """Return the ds_config's section, or what the scheduler has in its place.
+
+    Raises:
+        ConfigError: there are both, or a key or value is not allowed.
+    """
+    ds_config, given = engine._config._param_dict, engine.lr_scheduler.section
+    if given is None:
+        return read_section(ds_config)
+    if "pathswitch" in ds_config:
+        allowed = "no such section: under Megatron, the plan's [megatron] says how checkpoints are treated"
+        raise ConfigError("ds_config pathswitch", given=ds_config["pathswitch"], allowed=allowed)
+    assert isinstance(given, PathSwitchSection)
+    return given
 
 
 def parallelism(engine: Any) -> Parallelism:

@@ -10,7 +10,7 @@ from pathswitch.schedule.paths import Field
 from pathswitch.versions import Path, Plan
 
 if TYPE_CHECKING:  # pydantic would slow down every `import torch`
-    from pathswitch.checkpoint import Manifest
+    from pathswitch.checkpoint import Manifest, PathSwitchSection
 
 STATE_FORMAT = 1
 
@@ -20,6 +20,8 @@ class FollowsPlan:
 
     plan: Plan
     path: Path
+    section: PathSwitchSection | None = None
+    """What stands for the section "pathswitch" where the ds_config has none."""
 
     def data_settings(self) -> dict[str, Any] | None:
         """Return the arguments that the samples follow from, where the training script's are known."""
