@@ -17,8 +17,8 @@ from typing import Any
 for name in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS"):
     os.environ.setdefault(name, "1")
 
-import torch
-from torch.overrides import TorchFunctionMode
+import torch  # noqa: E402  reads them when it is imported
+from torch.overrides import TorchFunctionMode  # noqa: E402
 
 CPU = torch.device("cpu")
 PAUSE_SECONDS = float(os.environ.get("PAUSE_SECONDS", "0"))

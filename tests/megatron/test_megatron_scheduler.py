@@ -32,7 +32,7 @@ def optimizer_of(*groups: dict[str, Any]) -> Any:
 
 
 def scheduler_of(optimizer: Any, **values: Any) -> Any:
-    """A stock scheduler, as Megatron's builder makes it for constant arguments that have nothing to do with the plan."""
+    """A stock scheduler, as Megatron's builder makes it from arguments that have nothing to do with the plan."""
     stock = {
         "init_lr": 0.0,
         "max_lr": MAX_LR,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 MODEL = "--num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --max-position-embeddings 32"
-OTHERS = "--micro-batch-size 2 --save-interval 100 --eval-interval 100 --eval-iters 0 --tokenizer-type NullTokenizer --vocab-size 256"
+OTHERS = "--micro-batch-size 2 --save-interval 100 --eval-interval 100 --eval-iters 0"
+OTHERS += " --tokenizer-type NullTokenizer --vocab-size 256"
 
 
 def main() -> None:
