@@ -1,0 +1,191 @@
+"""Every hook, in a stand-in for Megatron-LM's training loop around the real OptimizerParamScheduler, one rank."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pathswitch.checkpoint import committed_checkpoints
+from pathswitch.config import build_plan, load_plan_file
+from pathswitch.versions.ledger import run_ledger
+from pathswitch.versions.records import PrunedRecord
+from pathswitch_megatron.batches import rampup_batches
+
+pytestmark = pytest.mark.slow
+STAND_IN = Path(__file__).parent / "stand_in"
+SCRIPT = "import sys, torch\nfrom megatron.training.training import pretrain\npretrain(sys.argv[1:])\n"
+PLAN = """
+[schedule]
+max_lr = 1e-3
+warmup_steps = 3
+{final_lr}
+
+[[versions]]
+name = "v1"
+steps = 20
+decay_steps = 8
+
+[[versions]]
+name = "v2"
+steps = 20
+decay_steps = 10
+"""
+UPDATE = re.compile(r"iteration (\d+) used (\S+) loss (\S+) samples (\d+)")
+# An iteration -> (LR used, loss, samples consumed before it), as printed: floats in full.
+Updates = dict[int, tuple[float, str, int]]
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+
+    def train(self, path: str, *arguments: str, plan: str = "plan.toml", code: int = 0) -> tuple[Updates, str]:
+        """Train a path; return its updates, and everything that it said."""
+        (self.folder / "train.py").write_text(SCRIPT)
+        roots = f"{STAND_IN}:{os.environ.get('PYTHONPATH', '')}"
+        own = {"PYTHONPATH": roots, "PATHSWITCH_PLAN": plan, "PATHSWITCH_PATH": path, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(
+            [sys.executable, "-W", "ignore", "train.py", *arguments],
+            cwd=self.folder,
+            env={**os.environ, **own},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert result.returncode == code, result.stderr[-3000:]
+        found = UPDATE.findall(result.stdout)
+        return {
+            int(n): (float(lr), loss, int(samples)) for n, lr, loss, samples in found
+        }, result.stdout + result.stderr
+
+    def steps(self, folder: str) -> list[int]:
+        return sorted(manifest.step for _, manifest in committed_checkpoints(self.folder / folder))
+
+    def lrs(self, path: str, first: int, last: int) -> list[float]:
+        lr = build_plan(load_plan_file(self.folder / "plan.toml")).path(path).lr
+        return [lr(step) for step in range(first, last)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("hooks")
+    (folder / "control").mkdir()
+    (folder / "plan.toml").write_text(PLAN.format(final_lr=""))
+    (folder / "control" / "plan.toml").write_text(PLAN.format(final_lr="final_lr = 1e-3"))
+    return Run(folder)
+
+
+@pytest.fixture(scope="module")
+def main(run: Run) -> Updates:
+    return run.train("main", "--save", "main", "--load", "main")[0]
+
+
+def lrs(updates: Updates) -> list[float]:
+    return [lr for lr, _, _ in updates.values()]
+
+
+def test_main_path_saves_where_branches_fork(run: Run, main: Updates) -> None:
+    assert lrs(main) == run.lrs("main", 0, 40)
+    assert run.steps("main") == [12, 15, 30, 40]
+    assert not [file for file in (run.folder / "main").iterdir() if file.name.startswith(".")], "nothing hidden is left"
+
+
+def test_control_branch_is_the_main_path(run: Run, main: Updates) -> None:
+    arguments = ("--load", "main", "--ckpt-step", "12", "--save", "control")
+    updates, _ = run.train("v1", *arguments, plan="control/plan.toml")
+    assert updates == {n: main[n] for n in range(13, 21)}, "LR, loss and samples of every update"
+
+
+def test_branch_ends_by_itself_and_stays_ended(run: Run, main: Updates) -> None:
+    updates, _ = run.train("v1", "--load", "main", "--ckpt-step", "12", "--save", "v1", "--async-save")
+    assert lrs(updates) == run.lrs("v1", 12, 20) and updates[13] == main[13]
+    assert run.steps("v1") == [15, 20]
+    assert (run.folder / "v1" / "latest_checkpointed_iteration.txt").read_text() == "20"
+    again, said = run.train("v1", "--load", "v1", "--save", "v1")
+    assert not again and "path 'v1' is trained to its end" in said
+
+
+def test_branch_whose_job_ends_with_it_is_not_cut_short(run: Run, main: Updates) -> None:
+    """Megatron evaluates once more where --train-iters ends; an exit would skip that."""
+    updates, _ = run.train("v2", "--load", "main", "--ckpt-step", "30", "--save", "v2")
+    assert lrs(updates) == run.lrs("v2", 30, 40) and run.steps("v2") == [40]
+
+
+def test_skipped_iterations(run: Run) -> None:
+    updates, _ = run.train("main", "--skip", "2", "3", "11", "--exit-interval", "12", "--save", "skipped")
+    assert lrs(updates) == run.lrs("main", 0, 12)
+    assert run.steps("skipped") == [12], "the data's clock: the branch forks where its data is"
+    branch, _ = run.train("v1", "--load", "skipped", "--skip", "14", "--save", "skipped-v1")
+    assert lrs(branch) == run.lrs("v1", 12, 20) and run.steps("skipped-v1") == [15, 20]
+
+
+def test_batch_size_rampup(run: Run) -> None:
+    arguments = ("--rampup-batch-size", "1", "1", "20", "--save", "rampup", "--load", "rampup")
+    updates, _ = run.train("main", *arguments, "--exit-interval", "12")
+    batches = rampup_batches(1, 1, 20, 4)
+    assert [samples for _, _, samples in updates.values()] == [batches.samples_after(step) for step in range(12)]
+    assert lrs(updates) == run.lrs("main", 0, 12)
+    manifest = committed_checkpoints(run.folder / "rampup")[0][1]
+    assert (manifest.step, manifest.samples_seen) == (12, batches.samples_after(12))
+    resumed, _ = run.train("main", *arguments, "--exit-interval", "14")
+    assert lrs(resumed) == run.lrs("main", 12, 14)
+
+
+def test_retention_spares_forks(run: Run) -> None:
+    arguments = ("--save-interval", "5", "--save-retain-interval", "20", "--save", "retained", "--load", "retained")
+    run.train("main", *arguments)
+    assert run.steps("retained") == [12, 20, 30, 40]
+    pruned = [s.record for s in run_ledger(run.folder).read().records if isinstance(s.record, PrunedRecord)]
+    assert sorted(record.folder for record in pruned) == [f"retained/iter_{n:07d}" for n in (5, 10, 15, 25, 35)]
+
+
+def test_failed_save_leaves_what_was_there(run: Run) -> None:
+    arguments = ("--save", "full", "--load", "full", "--save-interval", "6")
+    _, said = run.train("main", *arguments, "--fail-at", "18", code=1)
+    assert "No space left" in said and run.steps("full") == [6, 12]
+    resumed, _ = run.train("main", *arguments, "--exit-interval", "18")
+    assert lrs(resumed) == run.lrs("main", 12, 18) and run.steps("full") == [6, 12, 18]
+
+
+AT_12 = ("--load", "main", "--ckpt-step", "12", "--save", "refused")
+REFUSALS = {
+    "finetune": ("v1", (*AT_12, "--finetune"), "--finetune: it forgets"),
+    "no optimizer": ("v1", (*AT_12, "--no-load-optim"), "--no-load-optim"),
+    "wrong step": (
+        "v1",
+        ("--load", "main", "--ckpt-step", "15", "--save", "refused"),
+        "at step 15; path 'v1'",
+    ),
+    "newest": ("v1", ("--load", "main", "--save", "refused"), "at step 40; path 'v1' can go on from its own"),
+    "no load": ("v1", ("--save", "refused"), "--load: given None"),
+    "nothing there": ("v1", ("--load", "empty", "--save", "refused"), "the folder holds no checkpoint"),
+    "the parent's folder": ("v1", ("--load", "main", "--ckpt-step", "12", "--save", "main"), "a folder of its own"),
+    "lr": ("v1", (*AT_12, "--lr", "2e-3"), "--lr: given 0.002; allowed: 0.001"),
+    "train-iters": ("v1", (*AT_12, "--train-iters", "80"), "--train-iters: checkpoint 40, now 80"),
+    "batch": ("v1", (*AT_12, "--global-batch-size", "8"), "--global-batch-size: checkpoint 4, now 8"),
+    "old shards": ("v1", (*AT_12, "--use-distributed-optimizer"), "--ckpt-step with --ckpt-format torch"),
+    "must exist": ("main", ("--load", "empty", "--exit-on-missing-checkpoint"), "holds no checkpoint, and --exit-on"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refused_before_any_step(run: Run, main: Updates, case: str) -> None:
+    path, arguments, message = REFUSALS[case]
+    before = sorted(run.folder.rglob("*.pt"))
+    updates, said = run.train(path, *arguments, code=1)
+    assert not updates and message in said.splitlines()[-1]
+    assert sorted(run.folder.rglob("*.pt")) == before
+
+
+def test_plans_batch_size_is_the_jobs(run: Run) -> None:
+    (run.folder / "batch").mkdir()
+    (run.folder / "batch" / "plan.toml").write_text(PLAN.format(final_lr="") + "\n[megatron]\nglobal_batch_size = 8\n")
+    updates, said = run.train("main", plan="batch/plan.toml", code=1)
+    assert not updates and "--global-batch-size: given 4; allowed: 8" in said
