@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from os.path import basename
 from typing import Any
 
 from pathswitch.errors import CheckpointError, ConfigError
+from pathswitch.integrations.megatron_settings import BATCHES, DATA, VOCABULARY
+from pathswitch.integrations.megatron_settings import data_settings as data_settings
 from pathswitch.versions import Path, Plan
 
 # Argument -> why a job of a plan cannot have it.
@@ -20,29 +21,6 @@ REFUSED = {
     "reset_iteration": "it forgets the place in the data",
     "non_persistent_ckpt_type": "Megatron loads such checkpoints unverified, whatever --load says",
 }
-# What the order of the samples follows from; it may change only where a version's data ends.
-DATA = (
-    "data_path",
-    "train_data_path",
-    "data_args_path",
-    "per_split_data_args_path",
-    "mock_data",
-    "split",
-    "seed",
-    "seq_length",
-    "train_iters",
-    "train_samples",
-    "phase_transition_iterations",
-    "dataloader_type",
-    "reset_position_ids",
-    "reset_attention_mask",
-    "eod_mask_loss",
-)
-BATCHES = ("global_batch_size", "rampup_batch_size", "step_batch_size_schedule")
-VOCABULARY = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size", "padded_vocab_size")
-# The same file in another folder is the same data.
-FILES = {"data_path", "train_data_path", "data_args_path", "per_split_data_args_path"}
-FILES |= {"tokenizer_model", "vocab_file", "merge_file"}
 
 
 def check_arguments(args: Any) -> None:
@@ -59,16 +37,6 @@ def check_arguments(args: Any) -> None:
         if "://" in str(getattr(args, name, None)):
             allowed = "a folder of a file system: checkpoints are committed by renaming folders"
             raise ConfigError(_flag(name), given=getattr(args, name), allowed=allowed)
-
-
-def data_settings(args: Any) -> dict[str, Any]:
-    """Return the arguments that the samples of every step and the vocabulary follow from, as JSON values."""
-    settings = {}
-    for name in (*DATA, *BATCHES, *VOCABULARY):
-        value = getattr(args, name, None)
-        if value is not None and value is not False:
-            settings[name] = _file_names(value) if name in FILES else _plain(value)
-    return settings
 
 
 def check_same_settings(plan: Plan, path: Path, step: int, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -99,14 +67,3 @@ def check_same_settings(plan: Plan, path: Path, step: int, saved: Mapping[str, A
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as it comes back from JSON."""
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, bool | int | float | str) else str(value)
-
-
-def _file_names(value: Any) -> Any:
-    return [_file_names(item) for item in value] if isinstance(value, list | tuple) else basename(str(value))

@@ -2,35 +2,27 @@
 
     python -m pathswitch_megatron.export CHECKPOINT OUT [--tokenizer FILE] [--run RUN] [--unverified]
 
-One process on a CPU, without Megatron: torch.distributed.checkpoint reads what any Megatron since 0.12 has written,
-under any parallelism, and the arguments are read without the classes of the Megatron that saved them.
+One process on a CPU, without Megatron.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import math
-import pickle
 import sys
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from pathswitch.checkpoint import MANIFEST_FILE, MEGATRON, Manifest, verify_checkpoint
 from pathswitch.data import Tokenizer
 from pathswitch.errors import CheckpointError, ConfigError, PathSwitchError
+from pathswitch.integrations.megatron_state import TorchDistCheckpoint
 from pathswitch.trainer.export import hf_config, release_digest, write_release
 from pathswitch.trainer.llama import LlamaConfig
 from pathswitch.versions.ledger import folder_name, run_ledger
@@ -143,56 +135,19 @@ def split_qkv(qkv: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor, Tensor]
     return q, k, v
 
 
-class MegatronCheckpoint:
+class MegatronCheckpoint(TorchDistCheckpoint):
     """A folder ``iter_…`` of Megatron's format torch_dist: its arguments, and its model's tensors read in slices."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read the metadata.
+    ALLOWED = f"{TorchDistCheckpoint.ALLOWED}, or the one that holds it"
 
-        Raises:
-            CheckpointError: the folder is not of the format torch_dist.
-        """
-        self.folder = folder
-        try:
-            backend = json.loads((folder / "metadata.json").read_bytes())["sharded_backend"]
-            self._reader = FileSystemReader(folder)
-            metadata = self._reader.read_metadata()
-        except (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError, EOFError) as error:
-            raise self._refused(f"no such checkpoint ({error})") from None
-        if backend != "torch_dist":
-            raise self._refused(f"the format {backend}")
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        self._stored = metadata.state_dict_metadata
+    def __init__(self, folder: Path) -> None:
+        """Read the metadata; raises CheckpointError where the folder is not of the format torch_dist."""
+        super().__init__(folder)
         self.tensors: dict[str, TensorStorageMetadata] = {
             name: stored
             for name, stored in self._stored.items()
             if isinstance(stored, TensorStorageMetadata) and not name.startswith(("optimizer.", "chained_"))
         }
-
-    def _refused(self, given: str) -> CheckpointError:
-        allowed = "a folder iter_… that Megatron saved with --ckpt-format torch_dist, or the one that holds it"
-        return CheckpointError(f"{self.folder}: given {given}; allowed: {allowed}")
-
-    def arguments(self) -> tuple[dict[str, Any], int]:
-        """Return Megatron's arguments, with stand-ins for what is of its own classes, and the iteration.
-
-        Raises:
-            CheckpointError: there are none.
-        """
-        file: Path | io.BytesIO = self.folder / "common.pt"
-        key = "common_state/shard_0_1"  # that is where newer versions keep it, and older ones cannot read it there
-        if key in self._stored:
-            index, nothing = MetadataIndex(key), torch.Size([0])
-            item = ReadItem(LoadItemType.BYTE_IO, index, nothing, index, nothing, nothing)
-            planner = _Target(None)
-            self._reader.read_data(LoadPlan([item]), planner).wait()
-            file = planner.bytes
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=False, pickle_module=_HARMLESS)
-            state = content[0] if isinstance(content, list) else content
-            return vars(state["args"]), state["iteration"]
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
-            raise self._refused(f"one without Megatron's arguments ({error})") from None
 
     def embedding_rows(self) -> int:
         """Return the vocabulary's size with its padding; raises CheckpointError where there is no embedding."""
@@ -246,46 +201,8 @@ class MegatronCheckpoint:
         items = create_read_items_for_chunk_list(name, stored, [chunk])
         if sum(math.prod(item.lengths) for item in items) != target.numel():
             raise CheckpointError(f"{self.folder}: {name} has holes or is stored twice")
-        self._reader.read_data(LoadPlan(items), _Target(target)).wait()
+        self.read_items(items, target)
         return target
-
-
-class _Target(DefaultLoadPlanner):
-    """Where one read goes to."""
-
-    def __init__(self, tensor: Tensor | None) -> None:
-        super().__init__()
-        self.tensor, self.bytes = tensor, io.BytesIO()
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        assert self.tensor is not None
-        return self.tensor
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.bytes = value
-
-
-class _StandIn(dict[Any, Any]):
-    """In the place of an object of another class."""
-
-    __hash__ = object.__hash__  # type: ignore[assignment]
-
-    def __init__(self, *_: object) -> None:
-        super().__init__()
-
-    def __setstate__(self, _: object) -> None:
-        pass
-
-
-class _HarmlessUnpickler(pickle.Unpickler):
-    """Knows no class but Namespace: it runs nothing, and an enumeration that a newer Megatron adds stops no export."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        return Namespace if (module, name) == ("argparse", "Namespace") else _StandIn
-
-
-_HARMLESS = SimpleNamespace(__name__="pickle", Unpickler=_HarmlessUnpickler)
-_HARMLESS.load = lambda file, **_: _HarmlessUnpickler(file).load()
 
 
 def release_weights(checkpoint: MegatronCheckpoint, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pathswitch.checkpoint import Manifest
 from pathswitch.errors import ConfigError, ScheduleError
+from pathswitch.integrations.megatron_settings import STATE_KEY
 from pathswitch.integrations.path_state import (
     FollowsPlan,
     check_position,
@@ -27,7 +28,6 @@ from pathswitch.versions import Path, Plan
 from pathswitch_megatron.arguments import check_same_settings
 from pathswitch_megatron.batches import BatchSchedule
 
-STATE_KEY = "pathswitch"
 # Values of a checkpoint that Megatron compares with the arguments; the plan decides on these.
 LR_VALUES = {
     "learning rate",

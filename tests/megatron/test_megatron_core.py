@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from pathswitch.checkpoint import MANIFEST_FILE, committed_checkpoints, iteration_folder, read_manifest
+from pathswitch.cli.app import app
 from pathswitch.config import build_plan, load_plan_file
 from pathswitch.versions.ledger import run_ledger
 
@@ -128,6 +130,31 @@ def test_constant_branch_is_the_main_path(core: Core, whole: dict[str, Any]) -> 
     )
     assert [rank["steps"] for rank in control] == [rank["steps"][FORK:] for rank in whole["main"]]
     assert [rank["digest"] for rank in control] == [rank["digest"] for rank in whole["main"]]
+
+
+def test_a_stock_jobs_checkpoint_is_adopted_and_forked(core: Core) -> None:
+    own = Path("path_switching", "main", "checkpoints")
+    stock = {"path": "main", "until": FORK + 1, "stock": True, "save": str(own), "save_at": [FORK]}
+    branch = {"path": "v1", "until": FORK + 1, "load": "stock-v1"}
+    (trained,) = core.train("stock", [stock])
+    folder, plan = core.folder / own / iteration_folder(FORK), str(core.folder / "plan.toml")
+    (unknown,) = core.train("unknown", [{**branch, "load": str(own), "iteration": FORK}])
+    assert all("not committed" in rank["error"] for rank in unknown)
+    for command in (
+        ["adopt", str(folder), "--step", str(FORK), "--plan", plan],
+        ["fork", str(core.folder), f"main@{FORK}", "--to", "v1", "--into", str(core.folder / "stock-v1")],
+    ):
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, (done.output, done.exception)
+    manifest = read_manifest(core.folder / "stock-v1" / folder.name)
+    assert manifest.forked_from == read_manifest(folder).digest
+    assert (manifest.samples_seen, manifest.tokens_seen) == (4 * FORK, 4 * 32 * FORK)
+    assert manifest.settings == {"seed": 1, "seq_length": 32, "global_batch_size": 4}
+    assert manifest.parallelism.tensor_parallel_size == core.ranks
+    forked, resumed = core.train("adopted", [branch, {"path": "main", "until": FORK + 1, "load": str(own)}])
+    for rank, before in enumerate(trained):
+        assert forked[rank]["steps"] == resumed[rank]["steps"] == before["steps"][FORK:], "the stock job's next update"
+        assert forked[rank]["digest"] == resumed[rank]["digest"] == before["digest"]
 
 
 def truncate(file: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from megatron_files import ARGUMENTS, ROWS, VOCABULARY, Tensors, commit, megatron_tensors, save, weights
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from pathswitch.checkpoint import MANIFEST_FILE
 from pathswitch.data import train_tokenizer
@@ -187,13 +188,13 @@ def test_holes_are_refused(tmp_path: Path) -> None:
 def test_reads_are_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of a large model neither a stack of layers nor the optimizer's state fits into memory."""
     folder, sizes = save(tmp_path / "iter_0000007"), {}
-    read_data = export.FileSystemReader.read_data
+    read_data = FileSystemReader.read_data
 
     def spy(self: Any, plan: Any, planner: Any) -> Any:
         sizes.update({item.storage_index.fqn: math.prod(item.lengths) for item in plan.items})
         return read_data(self, plan, planner)
 
-    monkeypatch.setattr(export.FileSystemReader, "read_data", spy)
+    monkeypatch.setattr(FileSystemReader, "read_data", spy)
     export_checkpoint(folder, tmp_path / "out", unverified=True)
     assert not any("optimizer" in name for name in sizes)
     assert sizes["decoder.layers.mlp.linear_fc1.weight"] == 24 * 16

@@ -12,10 +12,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from pathswitch.config import plan_from_params
 from pathswitch.errors import ConfigError, ScheduleError
+from pathswitch.integrations.megatron_settings import STATE_KEY
 from pathswitch.integrations.scheduler import PathSwitchLR
 from pathswitch.versions import Plan
 from pathswitch_megatron.batches import constant_batches, rampup_batches
-from pathswitch_megatron.scheduler import STATE_KEY, follow_plan
+from pathswitch_megatron.scheduler import follow_plan
 
 MAX_LR, BATCH = 3e-4, 24
 MEGATRONS_NAME = {"linear": "linear", "cosine": "cosine", "one_minus_sqrt": "minus_sqrt", "exponential": "exponential"}

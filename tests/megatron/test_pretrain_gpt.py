@@ -15,7 +15,7 @@ import pytest
 from pretrain_gpt import Checkout, Outcome, write_data
 from typer.testing import CliRunner
 
-from pathswitch.checkpoint import committed_checkpoints
+from pathswitch.checkpoint import committed_checkpoints, read_manifest
 from pathswitch.cli.app import app
 from pathswitch.config import build_plan, load_plan_file
 from pathswitch.versions.ledger import run_ledger
@@ -142,6 +142,22 @@ def test_killed_branch_goes_on_to_the_same_losses(checkout: Checkout, main: Outc
     same = [n for n in resumed.losses if n != first + 1]
     assert [resumed.losses[n] for n in same] == [whole.losses[n] for n in same]
     assert follows(resumed, checkout, "v2", first, 40)
+
+
+def test_a_stock_jobs_checkpoint_is_adopted(checkout: Checkout, ranks: int) -> None:
+    until = ("--exit-interval", "13")
+    saves = ("--lr-decay-style", "constant", "--save-interval", "12", "--save", "stock")
+    stock = checkout.train(None, *until, *saves, ranks=ranks)
+    assert stock.code == 0, stock.log[-3000:]
+    folder = checkout.folder / "stock" / "iter_0000012"
+    arguments = ["adopt", str(folder), "--step", "12", "--plan", str(checkout.folder / "plan.toml")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    manifest = read_manifest(folder)
+    assert manifest.samples_seen == 48 and manifest.parallelism.world_size == ranks
+    branch = checkout.train("v1", *until, "--load", "stock", "--ckpt-step", "12", ranks=ranks)
+    assert branch.code == 0, branch.log[-3000:]
+    assert branch.losses == {13: stock.losses[13]}, "the first update of a branch is the stock job's own next one"
 
 
 def test_preemption_saves(checkout: Checkout, main: Outcome, ranks: int) -> None:

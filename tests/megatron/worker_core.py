@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from pathswitch.checkpoint import Parallelism, iteration_of
+from pathswitch.checkpoint import MEGATRON, Parallelism, iteration_folder, iteration_of
 from pathswitch.errors import PathSwitchError
 from pathswitch_megatron.batches import constant_batches
 from pathswitch_megatron.checkpoints import IterationCheckpoints, Position
@@ -36,14 +38,15 @@ from pathswitch_megatron.job import PATH_VARIABLE, job_from_environment
 from pathswitch_megatron.scheduler import follow_plan
 
 BATCH, SEQ_LENGTH, VOCABULARY = 4, 32, 256
-MAX_LR = 1e-3
+MAX_LR, WARMUP_STEPS = 1e-3, 5
 
 
 class Training:
-    """One job, from building the model to its last step."""
+    """One job, from building the model to its last step; a stock one follows no plan, and its saves are Megatron's."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, stock: bool) -> None:
         os.environ[PATH_VARIABLE] = path
+        self.stock = stock
         self.job = job_from_environment()
         torch.manual_seed(1)
         model_parallel_cuda_manual_seed(1)
@@ -66,17 +69,22 @@ class Training:
             init_lr=0.0,
             max_lr=MAX_LR,
             min_lr=1e-4,
-            lr_warmup_steps=0,
+            lr_warmup_steps=WARMUP_STEPS * BATCH if stock else 0,
             lr_decay_steps=100 * BATCH,
-            lr_decay_style="cosine",
+            lr_decay_style="constant" if stock else "cosine",
             start_wd=0.1,
             end_wd=0.1,
             wd_incr_steps=100 * BATCH,
             wd_incr_style="constant",
             use_checkpoint_opt_param_scheduler=False,
         )
-        follow_plan(self.scheduler, self.job.plan, self.job.path, constant_batches(BATCH))
+        if not stock:
+            follow_plan(self.scheduler, self.job.plan, self.job.path, constant_batches(BATCH))
         self.checkpoints = IterationCheckpoints(self.job, "core")
+
+    @property
+    def step(self) -> int:
+        return int(self.scheduler.num_steps) // BATCH if self.stock else int(self.scheduler.last_epoch)
 
     def state(self, *, loading: bool = False) -> dict[str, Any]:
         model = self.model.module.sharded_state_dict()
@@ -84,7 +92,10 @@ class Training:
         return {"model": model, "optimizer": optimizer, "opt_param_scheduler": self.scheduler.state_dict()}
 
     def save(self, save_dir: Path) -> None:
-        step, ranks = self.scheduler.last_epoch, dist.get_world_size()
+        step, ranks = self.step, dist.get_world_size()
+        if self.stock:
+            self._save_stock(save_dir, step)
+            return
         parallelism = Parallelism(
             zero_stage=0,
             world_size=ranks,
@@ -97,15 +108,47 @@ class Training:
         dist_checkpointing.save(self.state(), self.checkpoints.place_of(str(save.folder)))
         self.checkpoints.commit(save)
 
+    def _save_stock(self, save_dir: Path, step: int) -> None:
+        """Save as Megatron-LM does, with its arguments."""
+        args = Namespace(
+            consumed_train_samples=step * BATCH,
+            global_batch_size=BATCH,
+            seq_length=SEQ_LENGTH,
+            seed=1,
+            world_size=dist.get_world_size(),
+            data_parallel_size=1,
+            tensor_model_parallel_size=dist.get_world_size(),
+            pipeline_model_parallel_size=1,
+            use_distributed_optimizer=False,
+            attention_backend=AttnBackend.unfused,
+            params_dtype=torch.float32,
+            bf16=False,
+            fp16=False,
+        )
+        folder = save_dir / iteration_folder(step)
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True)
+        dist.barrier()
+        common = {"args": args, "checkpoint_version": 3.0, "iteration": step}
+        dist_checkpointing.save({**self.state(), **common}, str(folder))
+        if dist.get_rank() == 0:
+            MEGATRON.write_latest(save_dir, folder.name)
+        dist.barrier()
+
     def load(self, load_dir: Path, iteration: int | None) -> None:
         chosen = self.checkpoints.choose(load_dir, iteration)
         if chosen is None:
             return
         folder, manifest = chosen
+        if manifest is not None:
+            self.scheduler.check_manifest(manifest)
+            self.scheduler.vouched_step = manifest.step
         state = dist_checkpointing.load(self.state(loading=True), str(folder))
         self.model.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["opt_param_scheduler"])
+        self.scheduler.check_position()
+        self.scheduler.check_samples()
         self.checkpoints.parent = None if manifest is None else manifest.digest
         assert self.scheduler.last_epoch == iteration_of(folder.name)
 
@@ -113,11 +156,12 @@ class Training:
         """Yield (step, LR used, loss) of each update."""
         positions = torch.arange(SEQ_LENGTH)[None].expand(BATCH, -1)
         mask = torch.triu(torch.ones(SEQ_LENGTH, SEQ_LENGTH, dtype=torch.bool), 1)[None, None]
-        while (step := self.scheduler.last_epoch) < until:
+        while (step := self.step) < until:
             tokens = torch.randint(
                 0, VOCABULARY, (BATCH, SEQ_LENGTH + 1), generator=torch.Generator().manual_seed(step)
             )
-            self.scheduler.before_update()
+            if not self.stock:
+                self.scheduler.before_update()
             self.model.zero_grad_buffer()
             self.optimizer.zero_grad()
             loss = self.model(tokens[:, :-1], positions, mask, labels=tokens[:, 1:]).mean()
@@ -146,16 +190,16 @@ class Training:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    training = Training(job["path"])
+    training = Training(job["path"], stock=job.get("stock", False))
     try:
         if "load" in job:
             training.load(Path(job["load"]), job.get("iteration"))
         steps = []
         for step in training.train(job["until"]):
             steps.append(step)
-            if training.scheduler.last_epoch in job.get("save_at", ()):
+            if training.step in job.get("save_at", ()):
                 training.save(Path(job["save"]))
-            if training.scheduler.last_epoch == job.get("kill_at"):
+            if training.step == job.get("kill_at"):
                 for process in psutil.Process().children(recursive=True):
                     process.kill()  # Megatron's writers would outlive this rank
                 os.kill(os.getpid(), signal.SIGKILL)

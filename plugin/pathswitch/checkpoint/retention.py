@@ -39,8 +39,8 @@ class Stored:
     path: str
     step: int
     digest: str
-    is_latest: bool
-    """Whether the file ``latest`` beside it names it."""
+    latest_file: str | None
+    """The framework's own file beside it, if it names this one as the newest."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _reasons(
     if path is None:
         yield from ((checkpoint.folder, "its path is not in the plan") for checkpoint in group)
         return
-    yield from ((c.folder, "`latest` names it") for c in group if c.is_latest)
+    yield from ((c.folder, f"`{c.latest_file}` names it") for c in group if c.latest_file is not None)
     yield from ((c.folder, "resume point") for c in group[-keep_last:])
     if path.complete:
         yield from ((c.folder, f"{name} ended there") for c in group if c.step == path.end_step)

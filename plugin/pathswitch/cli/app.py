@@ -330,13 +330,13 @@ def verify(
 
 @app.command()
 def adopt(
-    folder: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A folder that DeepSpeed wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A folder that DeepSpeed or Megatron wrote.")],
     step: Annotated[int | None, typer.Option(min=0, help="Updates behind it, if it does not say so.")] = None,
     path: Annotated[str | None, typer.Option(help="The path that it is of, if it does not say so; else main.")] = None,
     plan: Annotated[Path | None, typer.Option(metavar="PLAN.toml", help="Its plan, if it holds no schedule.")] = None,
     signing_key_file: KeyOption = None,
 ) -> None:
-    """Commit a checkpoint that stock DeepSpeed or pathswitch 0.1.0 wrote; its model states are unpickled."""
+    """Commit a checkpoint that stock DeepSpeed, Megatron-LM or pathswitch 0.1.0 wrote; its states are unpickled."""
     from pathswitch.cli.checkpoints import adopt_folder
 
     adopt_folder(folder, step, path, plan, signing_key_file, console)

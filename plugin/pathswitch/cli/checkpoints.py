@@ -204,7 +204,9 @@ def _inventory(run: Path, records: list[Record]) -> tuple[list[Stored], list[Unu
             )
         else:
             place = folder, manifest.paradigm, manifest.path, manifest.step, manifest.digest
-            stored.append(Stored(*place, is_latest=layout_of(manifest).latest(folder.parent) == folder.name))
+            layout = layout_of(manifest)
+            is_latest = layout.latest(folder.parent) == folder.name
+            stored.append(Stored(*place, latest_file=layout.latest_file if is_latest else None))
     return stored, unusable
 
 
@@ -286,7 +288,9 @@ def adopt_folder(
     Raises:
         CheckpointError: it has a manifest, is incomplete, or does not say what its manifest has to.
     """
-    say(console, f"{folder}: its model states are unpickled now, which runs whatever code they hold. That these files")
+    say(
+        console, f"{folder}: what it says of itself is unpickled now, which runs whatever code it holds. That its files"
+    )
     say(console, "are whole and as they were written is yours to know: the manifest vouches for them as they are")
     from pathswitch.integrations.adopt import adopt_checkpoint
 

@@ -9,7 +9,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pathswitch.checkpoint import Manifest, Policy, committed_checkpoints, read_key, read_manifest
+from pathswitch.checkpoint import (
+    MEGATRON,
+    Manifest,
+    Policy,
+    committed_checkpoints,
+    layout_of,
+    read_key,
+    read_manifest,
+)
 from pathswitch.checkpoint.fork import CompareMode, Fork, fork_checkpoint
 from pathswitch.checkpoint.manifest import SHORT_DIGEST
 from pathswitch.cli.run_checkpoints import (
@@ -79,6 +87,7 @@ def fork_branch(
             f"{found}: trained by another schedule than path {parent.name!r} of {run / PLAN_FILE} (digest "
             f"{manifest.schedule_digest}, the plan's {parent.digest}): its branch would be refused"
         )
+    _require_applicable(found, manifest, policy)
     target = (into or folder.path(branch).checkpoints) / found.name
     for line in _fork_lines(parent, branch, found, manifest, policy, target):
         say(console, line)
@@ -101,6 +110,14 @@ def fork_branch(
     run_ledger(run).append(record)  # one and the same record, however often a fork is run again
     how = f"forked by {fork.method}" if fork.created else "forked already"
     say(console, f"{to}: {how}: {fork.folder}")
+
+
+def _require_applicable(found: Path, manifest: Manifest, policy: Policy) -> None:
+    """Refuse changes that nothing would apply; raises ConfigError."""
+    if layout_of(manifest) is MEGATRON and policy != Policy():
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in policy.changes())
+        allowed = "none: the branch's job takes its settings from Megatron's own arguments; only the LR is the plan's"
+        raise ConfigError(f"changes of a fork of Megatron's checkpoint {found.name}", given=given, allowed=allowed)
 
 
 def _branch(plan: Plan, to: str) -> TrainingPath:

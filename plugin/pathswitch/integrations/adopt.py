@@ -1,4 +1,4 @@
-"""Adoption: a manifest for a checkpoint that stock DeepSpeed or pathswitch 0.1.0 wrote, from what it says of itself."""
+"""Adoption: a manifest for what stock DeepSpeed, stock Megatron-LM or pathswitch 0.1.0 wrote, from what it says."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathswitch.atomic import sync_folder, write_bytes_atomic
 from pathswitch.checkpoint import MANIFEST_FILE, Manifest, Parallelism, hash_file, shard_names
 from pathswitch.checkpoint.files import regular_size
 from pathswitch.errors import CheckpointError, ConfigError
+from pathswitch.integrations.adopt_megatron import is_megatrons, read_megatrons, require_samples
 from pathswitch.schedule import BranchPath, ConstantRun, DecayRun, LRPath, MainPath, make_shape
 from pathswitch.versions import MAIN, Plan
 
@@ -28,7 +29,7 @@ def adopt_checkpoint(
 
     Args:
         folder: the checkpoint, under its final name.
-        step: optimizer updates behind it, where it has no state of PathSwitchLR.
+        step: optimizer updates behind it, where its scheduler did not follow a plan.
         path: the path that it belongs to, where it has none; the main path if not given.
         plan: the plan whose LR the next update has, where it has none.
         key: signs the manifest.
@@ -40,33 +41,47 @@ def adopt_checkpoint(
     if (folder / MANIFEST_FILE).exists():
         raise CheckpointError(f"{folder}: has a manifest already ({MANIFEST_FILE}); `pathswitch verify` checks it")
     names = shard_names(folder)
-    state = _model_states(folder, names)
-    sizes = _sizes(state, names)
-    _require_all_shards(folder, sizes)
-    place = _place(folder, state, step, path, plan)
+    if is_megatrons(folder):
+        fields, saved = read_megatrons(folder)
+        place = _place(folder, saved, step, path, plan)
+        require_samples(folder, fields, place["step"])
+    else:
+        fields, saved = _read_deepspeeds(folder, names)
+        place = _place(folder, saved, step, path, plan)
     try:
         files = {name: hash_file(folder / name, sync=True) for name in sorted(names)}
         for directory in {(folder / name).parent for name in names}:
             sync_folder(directory)
+        # What else wrote it is not known.
+        versions = {"pathswitch": package_version("pathswitch"), **fields.pop("versions")}
         manifest = Manifest(
-            tag=folder.name,
-            **place,
-            global_steps=int(state["global_steps"]),
-            samples_seen=int(state["global_samples"]),
-            tokens_seen=None,
-            data_digests=state.get("pathswitch_data"),
-            parallelism=sizes,
-            dtype=_dtype(state["module"]),
-            # What else wrote it is not known.
-            versions={"pathswitch": package_version("pathswitch"), "deepspeed": str(state["ds_version"])},
-            git_commit=None,
-            parent=None,
-            files=files,
+            tag=folder.name, **place, **fields, versions=versions, git_commit=None, parent=None, files=files
         )
         write_bytes_atomic(folder / MANIFEST_FILE, manifest.encode(key))
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be committed: {error.strerror} ({error.filename})") from None
     return manifest
+
+
+def _read_deepspeeds(folder: Path, names: set[str]) -> tuple[dict[str, Any], object]:
+    """Return the manifest's fields that a checkpoint tells of itself, and its scheduler's state.
+
+    Raises:
+        CheckpointError: it is incomplete, or cannot be read.
+    """
+    state = _model_states(folder, names)
+    sizes = _sizes(state, names)
+    _require_all_shards(folder, sizes)
+    fields = {
+        "global_steps": int(state["global_steps"]),
+        "samples_seen": int(state["global_samples"]),
+        "tokens_seen": None,
+        "data_digests": state.get("pathswitch_data"),
+        "parallelism": sizes,
+        "dtype": _dtype(state["module"]),
+        "versions": {"deepspeed": str(state["ds_version"])},
+    }
+    return fields, state.get("lr_scheduler")
 
 
 def _model_states(folder: Path, names: set[str]) -> State:
@@ -136,14 +151,13 @@ def _dtype(module: Mapping[str, Any]) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtypes[0], "fp32") if dtypes else "fp32"
 
 
-def _place(folder: Path, state: State, step: int | None, path: str | None, plan: Plan | None) -> dict[str, Any]:
+def _place(folder: Path, saved: object, step: int | None, path: str | None, plan: Plan | None) -> dict[str, Any]:
     """Return where on which path the checkpoint stands, and the LR of its next update.
 
     Raises:
         CheckpointError: it was trained by another schedule than the plan's.
         ConfigError: a value is missing, or is not what the checkpoint says.
     """
-    saved = state.get("lr_scheduler")
     if not isinstance(saved, Mapping) or "schedule" not in saved or "step" not in saved:
         return _given_place(folder, step, path, plan)
     for option, given, own in (("--step", step, saved["step"]), ("--path", path, saved["path"])):
@@ -171,7 +185,7 @@ def _place(folder: Path, state: State, step: int | None, path: str | None, plan:
 def _given_place(folder: Path, step: int | None, path: str | None, plan: Plan | None) -> dict[str, Any]:
     for option, given in (("--step", step), ("--plan", plan)):
         if given is None:
-            allowed = f"a value: {folder} holds no state of PathSwitchLR, which would tell its step and LR"
+            allowed = f"a value: {folder} holds no scheduler's state of ours, which would tell its step and LR"
             raise ConfigError(option, given="nothing", allowed=allowed)
     assert step is not None and plan is not None
     planned = plan.path(path or MAIN)

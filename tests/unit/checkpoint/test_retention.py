@@ -47,7 +47,7 @@ def stored(
     path: str, step: int, *, paradigm: str = "path_switching", latest: bool = False, root: str = "run"
 ) -> Stored:
     folder = Path(root, paradigm, path, "checkpoints", f"global_step{step}")
-    return Stored(folder, paradigm, path, step, f"{path}{step}{root}", latest)
+    return Stored(folder, paradigm, path, step, f"{path}{step}{root}", "latest" if latest else None)
 
 
 def kept(decisions: list[Decision]) -> dict[tuple[str, int], str]:
@@ -149,7 +149,7 @@ def test_every_path_can_still_start_or_resume(run: tuple[list[PlannedPath], list
         left = after[paradigm, name, folder]
         by_step = sorted(all_of_it, key=lambda c: c.step)
         assert set(by_step[-keep_last:]) <= set(left)  # resumes from its newest
-        assert {c for c in all_of_it if c.is_latest} <= set(left)  # and from what `latest` names
+        assert {c for c in all_of_it if c.latest_file} <= set(left)  # and from what `latest` names
         for path in paths:
             if path.paradigm == paradigm and path.name == name and path.complete:
                 assert {c for c in all_of_it if c.step == path.end_step} <= set(left)
