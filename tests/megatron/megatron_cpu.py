@@ -132,7 +132,7 @@ def fork_writers() -> None:
     own = multiprocessing.get_context
 
     def get_context(method: str | None = None) -> Any:
-        return own("fork" if method == "spawn" else method)
+        return own("fork" if method in ("spawn", "forkserver") else method)
 
     multiprocessing.get_context = torch.multiprocessing.get_context = get_context  # type: ignore[assignment]
 
