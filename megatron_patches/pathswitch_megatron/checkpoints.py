@@ -78,7 +78,12 @@ class IterationCheckpoints:
     def begin(self, save_dir: Path, scheduler: PlannedParamScheduler, position: Position) -> Save:
         """Prepare the hidden folder that the checkpoint is to be written into."""
         folder = save_dir.absolute() / iteration_folder(position.iteration)
-        on_first_rank(lambda: str(begin_save(folder)))
+
+        def prepare() -> None:
+            begin_save(folder)
+            _own_tracker(folder.parent).unlink(missing_ok=True)
+
+        on_first_rank(prepare)
         save = Save(folder, self._manifest(folder, scheduler, position))
         self._pending[folder] = save
         return save
@@ -158,24 +163,6 @@ class IterationCheckpoints:
         """Return whether Megatron's own file names this checkpoint."""
         return MEGATRON.latest(folder.parent) == folder.name
 
-    def check_save_folder(self, save_dir: Path) -> None:
-        """Refuse a folder that holds checkpoints of another path: the newest would hide them.
-
-        Raises:
-            CheckpointError: on every rank.
-        """
-        own = self.job.path.name
-
-        def check() -> None:
-            for folder, manifest in committed_checkpoints(save_dir.absolute(), self.job.key):
-                if manifest.path != own:
-                    raise CheckpointError(
-                        f"--save {save_dir}: holds {folder.name} of path {manifest.path!r}; path {own!r} needs a "
-                        "folder of its own"
-                    )
-
-        on_first_rank(check)
-
     def _manifest(self, folder: Path, scheduler: PlannedParamScheduler, position: Position) -> Manifest:
         path, step = self.job.path, scheduler.last_epoch
         return Manifest(
@@ -214,6 +201,25 @@ class IterationCheckpoints:
             prune(folder, known[folder].digest, record)
         except (OSError, LedgerError) as error:  # the new checkpoint is committed: no reason to end the training
             logger.warning("pathswitch: %s was not removed: %s", folder, error)
+
+
+def check_save_folder(save_dir: Path, job: Job) -> None:
+    """Refuse a folder that holds checkpoints of another path: the newest would hide them.
+
+    Raises:
+        CheckpointError: on every rank.
+    """
+    own = job.path.name
+
+    def check() -> None:
+        for folder, manifest in committed_checkpoints(save_dir.absolute(), job.key):
+            if manifest.path != own:
+                raise CheckpointError(
+                    f"--save {save_dir}: holds {folder.name} of path {manifest.path!r}; path {own!r} needs a folder of "
+                    "its own"
+                )
+
+    on_first_rank(check)
 
 
 def _with(manifest: Manifest, **changes: Any) -> Manifest:

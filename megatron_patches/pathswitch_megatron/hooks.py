@@ -13,7 +13,7 @@ from pathswitch.checkpoint import Manifest, Parallelism, PathSwitchSection
 from pathswitch.errors import CheckpointError, ConfigError
 from pathswitch_megatron.arguments import check_arguments, data_settings
 from pathswitch_megatron.batches import BatchSchedule, batches_of, constant_batches
-from pathswitch_megatron.checkpoints import IterationCheckpoints, Position, Save
+from pathswitch_megatron.checkpoints import IterationCheckpoints, Position, Save, check_save_folder
 from pathswitch_megatron.job import Job
 from pathswitch_megatron.scheduler import PlannedParamScheduler, follow_plan
 from pathswitch_megatron.upstream import Replacement, is_first_process
@@ -47,6 +47,8 @@ class _Hooks:
         if args.load is None and path.start_step > 0:
             allowed = f"a folder with a checkpoint of {path.parent!r} at step {path.start_step}, or with its fork"
             raise ConfigError("--load", given=None, allowed=f"{allowed}: path {path.name!r} starts from it")
+        if args.save is not None:
+            check_save_folder(Path(args.save), self.job)
         scheduler = original()
         follow_plan(scheduler, self.job.plan, path, self._batches(), lambda: int(self.args.consumed_train_samples))
         scheduler.settings_source = lambda: data_settings(self.args)
@@ -87,17 +89,11 @@ class MegatronLMHooks(_Hooks):
             "schedule_async_save": self.schedule_async_save,
         }
 
-    def get_optimizer_param_scheduler(self, original: Call, arguments: Arguments) -> Any:
-        """Let the scheduler follow the plan, and refuse to save among the checkpoints of another path."""
-        scheduler = super().get_optimizer_param_scheduler(original, arguments)
-        if self.args.save is not None:
-            self.checkpoints.check_save_folder(Path(self.args.save))
-        return scheduler
-
     def checkpoint_and_decide_exit(self, original: Call, arguments: Arguments) -> Any:
         """Save where a branch forks, and end a branch at its end, whatever the intervals are."""
-        args, job = self.args, self.job
-        step = arguments["opt_param_scheduler"].last_epoch
+        args, job, scheduler = self.args, self.job, arguments["opt_param_scheduler"]
+        scheduler.catch_up()
+        step = scheduler.last_epoch
         forks = {path.start_step for path in job.plan.paths("path_switching") if path.parent == job.path.name}
         changes = {}
         if step in forks:
@@ -131,9 +127,7 @@ class MegatronLMHooks(_Hooks):
         return result
 
     def _check(self, folder: Path, manifest: Manifest, scheduler: PlannedParamScheduler) -> None:
-        args, path = self.args, self.job.path
-        if manifest.path != path.name and args.save and Path(args.save).absolute() == folder.parent:
-            raise CheckpointError(f"--save {args.save}: holds {path.parent!r}; {path.name!r} needs a folder of its own")
+        args = self.args
         scheduler.check_manifest(manifest)
         tracker_names_it = self.checkpoints.is_newest(folder)
         if args.ckpt_format == "torch" and args.use_distributed_optimizer and not tracker_names_it:
@@ -156,6 +150,7 @@ class MegatronLMHooks(_Hooks):
         if other or not isinstance(scheduler, PlannedParamScheduler):
             return original()
         args = self.args
+        scheduler.catch_up()
         save = self._saving = self.checkpoints.begin(Path(args.save), scheduler, self._position(arguments["iteration"]))
         try:
             result = original()
@@ -199,6 +194,7 @@ class MegatronDeepSpeedHooks(_Hooks):
             "get_optimizer_param_scheduler": self.get_optimizer_param_scheduler,
             "train_step": self.train_step,
             "load_checkpoint": self.load_checkpoint,
+            "save_checkpoint": self.save_checkpoint,
         }
 
     def get_optimizer_param_scheduler(self, original: Call, arguments: Arguments) -> Any:
@@ -224,6 +220,12 @@ class MegatronDeepSpeedHooks(_Hooks):
             scheduler.check_position()
             scheduler.check_samples()
         return result
+
+    def save_checkpoint(self, original: Call, arguments: Arguments) -> Any:
+        """Save the step that the data stands at, also where the last update was skipped."""
+        if isinstance(scheduler := arguments["opt_param_scheduler"], PlannedParamScheduler):
+            scheduler.catch_up()
+        return original()
 
     def _check_intervals(self) -> None:
         args, path = self.args, self.job.path

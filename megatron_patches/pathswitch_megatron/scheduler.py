@@ -121,11 +121,15 @@ class PlannedParamScheduler(FollowsPlan):
         Raises:
             ScheduleError: the path has ended, or has not begun.
         """
-        step = self._batches.steps_after(self._samples())
-        if is_past_end(self.path, step):
-            raise ScheduleError(end_message(self.path, step + 1))
-        check_position(self.path, step)
-        self._step = self._last_update_step = step
+        self.catch_up()
+        if is_past_end(self.path, self._step):
+            raise ScheduleError(end_message(self.path, self._step + 1))
+        check_position(self.path, self._step)
+        self._last_update_step = self._step
+
+    def catch_up(self) -> None:
+        """Go to the step that the samples consumed tell, and write its LR: Megatron skips ``step`` with an update."""
+        self._step = self._batches.steps_after(self._samples())
         self._write()
 
     def get_last_update_lr(self) -> list[float]:

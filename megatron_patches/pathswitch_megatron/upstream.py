@@ -67,6 +67,7 @@ MEGATRON_DEEPSPEED = Upstream(
         Function(_DEEPSPEED_TRAINING, "get_optimizer_param_scheduler", ("optimizer",)),
         Function(_DEEPSPEED_TRAINING, "train_step", ("opt_param_scheduler",)),
         Function(_DEEPSPEED_TRAINING, "load_checkpoint", ("opt_param_scheduler", "load_arg")),
+        Function(_DEEPSPEED_TRAINING, "save_checkpoint", ("opt_param_scheduler",)),
     ),
 )
 _BRIDGE_OPTIM = "megatron.bridge.training.optim"

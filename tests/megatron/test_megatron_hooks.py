@@ -118,12 +118,14 @@ def test_branch_whose_job_ends_with_it_is_not_cut_short(run: Run, main: Updates)
     assert lrs(updates) == run.lrs("v2", 30, 40) and run.steps("v2") == [40]
 
 
-def test_skipped_iterations(run: Run) -> None:
-    updates, _ = run.train("main", "--skip", "2", "3", "11", "--exit-interval", "12", "--save", "skipped")
-    assert lrs(updates) == run.lrs("main", 0, 12)
-    assert run.steps("skipped") == [12], "the data's clock: the branch forks where its data is"
-    branch, _ = run.train("v1", "--load", "skipped", "--skip", "14", "--save", "skipped-v1")
-    assert lrs(branch) == run.lrs("v1", 12, 20) and run.steps("skipped-v1") == [15, 20]
+@pytest.mark.parametrize("last", ["11", "12"], ids=["before the fork", "the last before the fork"])
+def test_skipped_iterations(run: Run, last: str) -> None:
+    main, branch = f"skipped-{last}", f"skipped-{last}-v1"
+    updates, _ = run.train("main", "--skip", "2", "3", last, "--exit-interval", "13", "--save", main)
+    assert lrs(updates) == run.lrs("main", 0, 13)
+    assert run.steps(main) == [12, 13], "the data's clock: the branch forks where its data is"
+    updates, _ = run.train("v1", "--load", main, "--ckpt-step", "12", "--skip", "14", "20", "--save", branch)
+    assert lrs(updates) == run.lrs("v1", 12, 20) and run.steps(branch) == [15, 20]
 
 
 def test_batch_size_rampup(run: Run) -> None:

@@ -179,6 +179,7 @@ def test_megatron_deepspeed_and_bridge(tmp_path: Path, in_process: Any) -> None:
     (tmp_path / "megatron" / "training.py").write_text(
         functions(get_optimizer_param_scheduler="optimizer", train_step=STEP)
         + functions(load_checkpoint="model, optimizer, opt_param_scheduler, load_arg='load', strict=True")
+        + functions(save_checkpoint="iteration, model, optimizer, opt_param_scheduler")
     )
     (tmp_path / "megatron" / "bridge" / "training" / "optim.py").write_text(
         functions(_get_scheduler="optimizer_config, scheduler_config, optimizer")
