@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,12 +12,15 @@ import pytest
 import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from pathswitch.checkpoint import CheckpointSettings
 from pathswitch.config import plan_from_params
 from pathswitch.errors import ConfigError, ScheduleError
 from pathswitch.integrations.megatron_settings import STATE_KEY
 from pathswitch.integrations.scheduler import PathSwitchLR
 from pathswitch.versions import Plan
 from pathswitch_megatron.batches import constant_batches, rampup_batches
+from pathswitch_megatron.hooks import MegatronBridgeHooks
+from pathswitch_megatron.job import Job
 from pathswitch_megatron.scheduler import follow_plan
 
 MAX_LR, BATCH = 3e-4, 24
@@ -282,3 +287,17 @@ class TestState:
 def test_another_lr_than_the_plans_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--lr: given 0.001; allowed: 0.0003, the plan's max_lr"):
         following(plan_of(), "main", max_lr=1e-3)
+
+
+def test_megatron_bridge_gets_the_lr() -> None:
+    plan = plan_of("linear")
+    job = Job(plan, plan.path("v1"), Path("run"), CheckpointSettings(), None, global_batch_size=BATCH)
+    scheduler = MegatronBridgeHooks(job).get_scheduler(lambda: scheduler_of(optimizer_of()), {})
+    at_step(scheduler, 23, plan)
+    lrs = []
+    for _ in range(17):  # Bridge's loop knows nothing of the plan: it steps after each update
+        lrs.append(scheduler.optimizer.param_groups[0]["lr"])
+        scheduler.step(BATCH)
+    assert lrs == [plan.path("v1").lr(step) for step in range(23, 40)]
+    with pytest.raises(ConfigError, match="global_batch_size: given None"):
+        MegatronBridgeHooks(replace(job, global_batch_size=None)).get_scheduler(lambda: None, {})

@@ -14,9 +14,15 @@ import pytest
 from pathswitch.config import PlanFile
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted(
-    file for pattern in ("*.md", "ds_configs/*.md", "launch/*.md", "launch/sotu/*.md") for file in ROOT.glob(pattern)
+PATTERNS = (
+    "*.md",
+    "ds_configs/*.md",
+    "launch/*.md",
+    "launch/sotu/*.md",
+    "launch/megatron/*.md",
+    "megatron_patches/*.md",
 )
+DOCUMENTS = sorted(file for pattern in PATTERNS for file in ROOT.glob(pattern))
 
 
 def blocks(document: Path, language: str) -> list[str]:
