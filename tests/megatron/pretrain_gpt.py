@@ -18,6 +18,24 @@ import psutil
 
 HERE = Path(__file__).parent
 SECONDS = 240
+# With final_lr = 1e-3 a branch is the main path: the control of every comparison.
+PLAN = """
+[schedule]
+max_lr = 1e-3
+warmup_steps = 3
+{final_lr}
+
+[[versions]]
+name = "v1"
+steps = 20
+decay_steps = 8
+
+[[versions]]
+name = "v2"
+steps = 20
+decay_steps = 10
+shape = "linear"
+"""
 COMMON = """
 --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 2

@@ -11,7 +11,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from pretrain_gpt import DeepSpeedCheckout, Outcome, write_data
+from pretrain_gpt import PLAN, DeepSpeedCheckout, Outcome, write_data
 
 from pathswitch.checkpoint import committed_checkpoints
 from pathswitch.config import build_plan, load_plan_file
@@ -25,22 +25,6 @@ pytestmark = [
         reason="set MEGATRON_DEEPSPEED_PATH to a checkout of deepspeedai/Megatron-DeepSpeed with built megatron/data",
     ),
 ]
-PLAN = """
-[schedule]
-max_lr = 1e-3
-warmup_steps = 3
-{final_lr}
-
-[[versions]]
-name = "v1"
-steps = 20
-decay_steps = 8
-
-[[versions]]
-name = "v2"
-steps = 20
-decay_steps = 10
-"""
 CASES = {"ZeRO 0, 1 rank": (0, 1), "ZeRO 1, 2 ranks": (1, 2)}
 
 

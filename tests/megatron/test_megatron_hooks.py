@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from pretrain_gpt import PLAN
 
 from pathswitch.checkpoint import committed_checkpoints
 from pathswitch.config import build_plan, load_plan_file
@@ -20,22 +21,6 @@ from pathswitch_megatron.batches import rampup_batches
 pytestmark = pytest.mark.slow
 STAND_IN = Path(__file__).parent / "stand_in"
 SCRIPT = "import sys, torch\nfrom megatron.training.training import pretrain\npretrain(sys.argv[1:])\n"
-PLAN = """
-[schedule]
-max_lr = 1e-3
-warmup_steps = 3
-{final_lr}
-
-[[versions]]
-name = "v1"
-steps = 20
-decay_steps = 8
-
-[[versions]]
-name = "v2"
-steps = 20
-decay_steps = 10
-"""
 UPDATE = re.compile(r"iteration (\d+) used (\S+) loss (\S+) samples (\d+)")
 # An iteration -> (LR used, loss, samples consumed before it), as printed: floats in full.
 Updates = dict[int, tuple[float, str, int]]

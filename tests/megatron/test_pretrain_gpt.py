@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pretrain_gpt import Checkout, Outcome, write_data
+from pretrain_gpt import PLAN, Checkout, Outcome, write_data
 from typer.testing import CliRunner
 
 from pathswitch.checkpoint import committed_checkpoints, read_manifest
@@ -29,26 +29,6 @@ pytestmark = [
         reason="set MEGATRON_PATH to a checkout of NVIDIA/Megatron-LM with built megatron/core/datasets",
     ),
 ]
-PLAN = """
-[schedule]
-max_lr = 1e-3
-warmup_steps = 3
-{final_lr}
-
-[[versions]]
-name = "v1"
-steps = 20
-decay_steps = 8
-
-[[versions]]
-name = "v2"
-steps = 20
-decay_steps = 10
-shape = "linear"
-
-[megatron]
-global_batch_size = 4
-"""
 FORKS, ENDS = {"v1": 12, "v2": 30}, {"v1": 20, "v2": 40}
 
 
