@@ -48,6 +48,7 @@ from pathswitch.checkpoint import (
     verify_checkpoint,
 )
 from pathswitch.checkpoint.fork import fork_checkpoint
+from pathswitch.integrations.committing import git_commit
 
 KEPT = 8
 SAVED_SHARE = 0.6
@@ -408,7 +409,7 @@ def main() -> None:
         Counter(),
     )
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # imports torch's compiler, once for all ranks
-    saving._git_commit()
+    git_commit()
     assert len(os.listdir("/proc/self/task")) == 1, "threads would not live on in the ranks"
     started, result = time.monotonic(), {}
     # The converter of a rank that was killed may still be writing.
