@@ -188,7 +188,7 @@ class IterationCheckpoints:
 
     def _retain(self, folder: Path, interval: int) -> None:
         iteration = iteration_of(folder.name)
-        forks = {path.start_step for path in self.job.plan.paths("path_switching") if path.parent == self.job.path.name}
+        forks = self.job.forks.values()
         known = dict(committed_checkpoints(folder.parent, self.job.key))
         if iteration is None or iteration % interval == 0 or folder not in known or known[folder].step in forks:
             return

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pathswitch.checkpoint import Manifest, Parallelism, PathSwitchSection
+from pathswitch.checkpoint import Manifest, Parallelism, PathSwitchSection, iteration_of
 from pathswitch.errors import CheckpointError, ConfigError
 from pathswitch_megatron.arguments import check_arguments, data_settings
 from pathswitch_megatron.batches import BatchSchedule, batches_of, constant_batches
@@ -94,9 +94,8 @@ class MegatronLMHooks(_Hooks):
         args, job, scheduler = self.args, self.job, arguments["opt_param_scheduler"]
         scheduler.catch_up()
         step = scheduler.last_epoch
-        forks = {path.start_step for path in job.plan.paths("path_switching") if path.parent == job.path.name}
         changes = {}
-        if step in forks:
+        if step in job.forks.values():
             changes["save_interval"] = arguments["iteration"]
         if not job.path.open_ended and step >= job.path.end_step and arguments["iteration"] < args.train_iters:
             changes["exit_interval"] = arguments["iteration"]
@@ -119,7 +118,7 @@ class MegatronLMHooks(_Hooks):
         if manifest is not None:
             self._check(folder, manifest, scheduler)
             self._end_if_done(folder, manifest)
-        with _changed(args, {"ckpt_step": int(folder.name.removeprefix("iter_"))}):
+        with _changed(args, {"ckpt_step": iteration_of(folder.name)}):
             result = original()
         scheduler.check_position()
         scheduler.check_samples()
@@ -229,8 +228,7 @@ class MegatronDeepSpeedHooks(_Hooks):
 
     def _check_intervals(self) -> None:
         args, path = self.args, self.job.path
-        forks = {p.name: p.start_step for p in self.job.plan.paths("path_switching") if p.parent == path.name}
-        for name, step in forks.items():
+        for name, step in self.job.forks.items():
             if args.save and step > 0 and (not args.save_interval or step % args.save_interval):
                 allowed = f"a divisor of {step}, where {name} forks"
                 raise ConfigError("--save-interval", given=args.save_interval, allowed=allowed)

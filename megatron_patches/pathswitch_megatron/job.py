@@ -30,6 +30,12 @@ class Job:
     global_batch_size: int | None
     """Samples of a step, where the plan says so."""
 
+    @property
+    def forks(self) -> dict[str, int]:
+        """The steps where branches leave this path, by the branches' names."""
+        paths = self.plan.paths("path_switching")
+        return {path.name: path.start_step for path in paths if path.parent == self.path.name}
+
 
 def job_from_environment() -> Job:
     """Return the job that PATHSWITCH_PLAN and PATHSWITCH_PATH describe.
