@@ -7,7 +7,6 @@ from typing import Any
 
 from pathswitch.errors import CheckpointError, ConfigError
 from pathswitch.integrations.megatron_settings import BATCHES, DATA, VOCABULARY
-from pathswitch.integrations.megatron_settings import data_settings as data_settings
 from pathswitch.versions import Path, Plan
 
 # Argument -> why a job of a plan cannot have it.

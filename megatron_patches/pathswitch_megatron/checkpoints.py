@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -118,7 +117,7 @@ class IterationCheckpoints:
         """
         staging = staging_folder(save.folder)
         self._pending.pop(save.folder)
-        manifest = _with(save.manifest, parent=self.parent)
+        manifest = save.manifest.changed(parent=self.parent)
 
         def committed(manifest: Manifest) -> None:
             before = MEGATRON.latest(save.folder.parent)
@@ -132,7 +131,7 @@ class IterationCheckpoints:
             save.folder,
             _share_of(dist.get_rank(), staging),
             [],
-            lambda files: _with(manifest, files=files),
+            lambda files: manifest.changed(files=files),
             key=self.job.key,
             committed=committed,
         )
@@ -220,11 +219,6 @@ def check_save_folder(save_dir: Path, job: Job) -> None:
                 )
 
     on_first_rank(check)
-
-
-def _with(manifest: Manifest, **changes: Any) -> Manifest:
-    # Not model_copy, which would take the cached content and digest along.
-    return Manifest.model_validate({**dict(manifest), **changes})
 
 
 def _own_tracker(checkpoints: Path) -> Path:

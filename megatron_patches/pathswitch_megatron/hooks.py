@@ -11,7 +11,8 @@ from typing import Any
 
 from pathswitch.checkpoint import Manifest, Parallelism, PathSwitchSection, iteration_of
 from pathswitch.errors import CheckpointError, ConfigError
-from pathswitch_megatron.arguments import check_arguments, data_settings
+from pathswitch.integrations.megatron_settings import data_settings
+from pathswitch_megatron.arguments import check_arguments
 from pathswitch_megatron.batches import BatchSchedule, batches_of, constant_batches
 from pathswitch_megatron.checkpoints import IterationCheckpoints, Position, Save, check_save_folder
 from pathswitch_megatron.job import Job

@@ -10,7 +10,8 @@ import pytest
 
 from pathswitch.config import plan_from_params
 from pathswitch.errors import CheckpointError, ConfigError
-from pathswitch_megatron.arguments import check_arguments, check_same_settings, data_settings
+from pathswitch.integrations.megatron_settings import data_settings
+from pathswitch_megatron.arguments import check_arguments, check_same_settings
 
 PLAN = plan_from_params({"max_lr": 1e-3, "versions": [{"name": "v1", "steps": 40}, {"name": "v2", "steps": 30}]})
 ARGS = {

@@ -112,9 +112,7 @@ def fork_checkpoint(
 
 
 def _forked(parent: Manifest, tag: str, path: str, policy: Policy) -> Manifest:
-    # Not model_copy, which would take the cached content and digest along.
-    changes = {"tag": tag, "path": path, "parent": parent.digest, "forked_from": parent.digest, "policy": policy}
-    return Manifest.model_validate({**parent.model_dump(), **changes})
+    return parent.changed(tag=tag, path=path, parent=parent.digest, forked_from=parent.digest, policy=policy)
 
 
 def _require_first(target: Path, path: str) -> None:

@@ -100,6 +100,11 @@ class Manifest(_Model):
         """BLAKE3 of the content, the checkpoint's identity."""
         return digest_bytes(self.content)
 
+    def changed(self, **changes: Any) -> Manifest:
+        """Return this manifest with other fields."""
+        # Not model_copy, which would take the cached content and digest along.
+        return Manifest.model_validate({**self.model_dump(), **changes})
+
     def encode(self, key: bytes | None) -> bytes:
         """Return the manifest file, signed if there is a key."""
         signature = None if key is None else _sign(self.content, key)
