@@ -2,6 +2,7 @@
 
 OUT/plan.toml  OUT/run.json  OUT/data/  OUT/ledger/
 OUT/<paradigm>/<path>/{checkpoints/, release/, metrics.jsonl, log.txt, evaluation.json, done.json}
+                      {job.json, job.sbatch, ds_config.json, stop, progress.json} of a job that `submit` has started
 """
 
 from __future__ import annotations
@@ -64,6 +65,31 @@ class PathFolder:
     def log(self) -> Path:
         """Output of the launcher and of all ranks."""
         return self.folder / "log.txt"
+
+    @property
+    def job(self) -> Path:
+        """What the job's agent has to know."""
+        return self.folder / "job.json"
+
+    @property
+    def batch_script(self) -> Path:
+        """What SLURM runs."""
+        return self.folder / "job.sbatch"
+
+    @property
+    def ds_config(self) -> Path:
+        """The user's ds_config, made this path's."""
+        return self.folder / "ds_config.json"
+
+    @property
+    def stop(self) -> Path:
+        """While this file is there, the job is asked to save and end; it says why."""
+        return self.folder / "stop"
+
+    @property
+    def progress(self) -> Path:
+        """How far a training script has come, in JSON, by pathswitch in its first rank."""
+        return self.folder / "progress.json"
 
     @property
     def completion(self) -> Path:

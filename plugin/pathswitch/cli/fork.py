@@ -30,11 +30,11 @@ from pathswitch.cli.run_checkpoints import (
 )
 from pathswitch.config import build_plan
 from pathswitch.errors import CheckpointError, ConfigError, RunError, choices
+from pathswitch.launch.gate import record_fork
 from pathswitch.run_folder import PLAN_FILE, RunFolder, tag
 from pathswitch.versions import MAIN, Plan
 from pathswitch.versions import Path as TrainingPath
-from pathswitch.versions.ledger import folder_name, run_ledger
-from pathswitch.versions.records import BranchRecord, CheckpointRecord
+from pathswitch.versions.records import CheckpointRecord
 
 
 def fork_policy(
@@ -97,17 +97,7 @@ def fork_branch(
         if held is False:
             raise RunError(f"{folder.path(branch).folder}: a job is training {to!r}; fork it before it is trained")
         fork = _fork(found, target, manifest, branch, policy, key, mode)
-    record = BranchRecord(
-        manifest=fork.manifest.digest,
-        folder=folder_name(fork.folder, run),
-        paradigm=branch.paradigm,
-        path=branch.name,
-        parent_path=parent.name,
-        fork_step=branch.start_step,
-        parent=manifest.digest,
-        policy=policy.changes(),
-    )
-    run_ledger(run).append(record)  # one and the same record, however often a fork is run again
+    record_fork(folder, branch, fork, manifest)
     how = f"forked by {fork.method}" if fork.created else "forked already"
     say(console, f"{to}: {how}: {fork.folder}")
 

@@ -57,10 +57,31 @@ class MegatronJob:
         return "\n".join([*lines, f"PATHSWITCH_FORK=({shlex.join(self.fork)})"])
 
 
-def megatron_job(plan_path: Path, plan_file: PlanFile, path: str, version: str | None = None) -> MegatronJob:
+def megatron_parts(plan_path: Path, plan_file: PlanFile, path: str, base: Path, checkpoints: Path) -> list[MegatronJob]:
+    """Return the jobs that train a path one after the other: one for each version's data on the main path.
+
+    ``base`` is the folder that relative prefixes are taken from, ``checkpoints`` where the path saves.
+    """
+    plan = build_plan(plan_file, str(plan_path))
+    versions: list[str | None] = [None]
+    if path == MAIN and _has_own_data(plan_file):
+        bounds = [(v.name, *_bounds(plan_file, plan, MAIN, index)) for index, v in enumerate(plan.versions)]
+        versions = [name for name, start_step, end_step in bounds if start_step < end_step]
+    return [megatron_job(plan_path, plan_file, path, version, base, checkpoints) for version in versions]
+
+
+def megatron_job(
+    plan_path: Path,
+    plan_file: PlanFile,
+    path: str,
+    version: str | None = None,
+    base: Path | None = None,
+    checkpoints: Path | None = None,
+) -> MegatronJob:
     """Render the job of a branch, or of the main path on one version's data (the last one's by default).
 
-    ``plan_path`` is absolute; relative prefixes and folders of the plan are taken from its folder.
+    ``plan_path`` is absolute; relative prefixes and folders of the plan are taken from its folder, or from ``base``;
+    the job saves into the plan's folder for checkpoints, or into ``checkpoints``.
 
     Raises:
         ConfigError: the plan has no such job, or does not say what Megatron needs.
@@ -75,7 +96,8 @@ def megatron_job(plan_path: Path, plan_file: PlanFile, path: str, version: str |
         given = f"{path} on the data of {plan.versions[index].name!r}"
         allowed = f"a job with steps: until a version is added, the main path ends at step {end_step}"
         raise ConfigError(str(plan_path), given=given, allowed=allowed)
-    folder = plan_path.parent / plan_file.megatron.checkpoints / path
+    base = base or plan_path.parent
+    folder = checkpoints or plan_path.parent / plan_file.megatron.checkpoints / path
     data = _data_of_version if _has_own_data(plan_file) else _data_of_all
     fork: tuple[str, ...] = ()
     if path != MAIN and start_step > 0:
@@ -89,6 +111,8 @@ def megatron_job(plan_path: Path, plan_file: PlanFile, path: str, version: str |
         environment={"PATHSWITCH_PLAN": str(plan_path), "PATHSWITCH_PATH": path},
         arguments=(
             *data(plan_path, plan_file, plan, index, end_step),
+            "--data-path",
+            *_resolved(base, plan_file.versions[index].megatron_data or plan_file.megatron.data),
             *_lr_arguments(plan),
             *_checkpoint_arguments(folder, start_step),
         ),
@@ -142,14 +166,13 @@ def _data_of_version(plan_path: Path, plan_file: PlanFile, plan: Plan, index: in
     # Where the version's samples end, Megatron ends by itself, with a last evaluation.
     if end_step < plan.end_steps[index]:
         arguments += ["--exit-interval", str(end_step)]
-    return [*arguments, "--data-path", *_resolved(plan_path.parent, version.megatron_data)]
+    return arguments
 
 
 def _data_of_all(plan_path: Path, plan_file: PlanFile, plan: Plan, index: int, end_step: int) -> list[str]:
     """Return what lets every job of the plan see one and the same order of samples, and end at ``end_step``."""
     arguments = ["--global-batch-size", str(_global_batch_size(plan_path, plan_file))]
-    arguments += ["--train-iters", str(_horizon(plan_path, plan_file, plan)), "--exit-interval", str(end_step)]
-    return [*arguments, "--data-path", *_resolved(plan_path.parent, plan_file.megatron.data)]
+    return [*arguments, "--train-iters", str(_horizon(plan_path, plan_file, plan)), "--exit-interval", str(end_step)]
 
 
 def _global_batch_size(plan_path: Path, plan_file: PlanFile) -> int:

@@ -97,7 +97,35 @@ class PrunedRecord:
     folder: str
 
 
-Record = PlanRecord | CheckpointRecord | BranchRecord | ReleaseRecord | EvaluationRecord | PrunedRecord
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """Something that happened to the job that trains a path."""
+
+    kind: ClassVar[str] = "job"
+    paradigm: str
+    path: str
+    event: str
+    """One of JOB_EVENTS."""
+    attempt: str
+    """SLURM's job id, or a name of the agent's own; with ".N" behind it for its Nth start, from 0."""
+    step: int | None
+    """Updates behind the newest committed checkpoint then."""
+    reason: str | None
+
+
+JOB_EVENTS = (
+    "submitted",
+    "opened",  # the fork checkpoint is verified and forked: the branch may start
+    "refused",  # the fork checkpoint cannot be used
+    "started",
+    "stopped",  # saved and ended because it was asked to; it goes on later
+    "failed",  # ended otherwise; it is started again within its budget
+    "gave up",
+    "cancelled",
+    "completed",
+)
+
+Record = PlanRecord | CheckpointRecord | BranchRecord | ReleaseRecord | EvaluationRecord | PrunedRecord | JobRecord
 KINDS: dict[str, type[Record]] = {record.kind: record for record in get_args(Record)}
 
 

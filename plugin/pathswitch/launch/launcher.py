@@ -1,0 +1,61 @@
+"""How the ranks of a job are started and ended: here on this machine, elsewhere on hosts or by SLURM."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+from pathswitch.launch.spec import JobSpec
+
+
+class Launcher(Protocol):
+    """Starts and ends the ranks of one job, for its agent."""
+
+    def command(self, training: Sequence[str]) -> list[str]:
+        """Return what the agent runs, given what follows ``python``."""
+
+    def environment(self) -> dict[str, str]:
+        """Return what that process has in its environment beside the job's."""
+
+    def ask_to_stop(self) -> None:
+        """Ask the ranks to save and end, beside the stop file, which is there already; may be called repeatedly."""
+
+    def failure(self) -> str | None:
+        """Return why the job cannot go on, None while it can; called every second, it must not block."""
+
+    def end(self) -> list[str]:
+        """End whatever is left of the job anywhere, and return lines about what was found."""
+
+
+class LocalLauncher:
+    """The deepspeed launcher on this machine."""
+
+    def __init__(self, spec: JobSpec) -> None:
+        self._spec = spec
+
+    def command(self, training: Sequence[str]) -> list[str]:
+        """Return the launch line."""
+        spec = self._spec
+        runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(spec.ranks)]
+        return [*runner, "--master_port", str(spec.port), *module_or_script(training)]
+
+    def environment(self) -> dict[str, str]:
+        """Return nothing: the ranks inherit the agent's environment."""
+        return {}
+
+    def ask_to_stop(self) -> None:
+        """Leave it to the stop file: a launcher that gets SIGTERM kills its ranks half a minute later."""
+
+    def failure(self) -> str | None:
+        """Return None: the launcher's end says it all."""
+        return None
+
+    def end(self) -> list[str]:
+        """Do nothing: the agent ends the process group."""
+        return []
+
+
+def module_or_script(training: Sequence[str]) -> list[str]:
+    """Return what follows ``python`` as the deepspeed launcher wants it: ``--module NAME`` for ``-m NAME``."""
+    return ["--module", *training[1:]] if training[0] == "-m" else list(training)
