@@ -1,0 +1,257 @@
+"""The deepspeed launcher over the hosts of a hostfile, by pdsh or by Open MPI."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from pathswitch.atomic import write_text_atomic
+from pathswitch.errors import ConfigError, RunError
+from pathswitch.launch import job_processes
+from pathswitch.launch.deepspeed_env import (
+    DEFAULT_NAME,
+    check_variables,
+    env_file,
+    pdsh_word,
+    runner_argument,
+    user_lines,
+)
+from pathswitch.launch.host_watch import HostWatch
+from pathswitch.launch.hosts import ANSWER_SECONDS, Ssh, first_hosts, on_all
+from pathswitch.launch.launcher import module_or_script
+from pathswitch.launch.spec import FIRST_PORT, PORTS, JobSpec
+
+GRACE_SECONDS = 10.0
+PORTS_TRIED = 20
+PDSH_OPTIONS, RSH_OPTIONS = "PDSH_SSH_ARGS_APPEND", "plm_rsh_args"
+COMMAND_LENGTH = 80
+# mpirun names its ranks otherwise than DeepSpeed, which would need mpi4py to translate.
+OPENMPI_RANK = (
+    "export RANK=$OMPI_COMM_WORLD_RANK WORLD_SIZE=$OMPI_COMM_WORLD_SIZE LOCAL_RANK=$OMPI_COMM_WORLD_LOCAL_RANK "
+    'LOCAL_SIZE=$OMPI_COMM_WORLD_LOCAL_SIZE; exec "$@"'
+)
+# Run on each host: fails where a folder is missing; prints its address and the first of the ports that is free there.
+RENDEZVOUS = """
+import os, socket, subprocess, sys
+for folder in sys.argv[1:3]:
+    if not os.path.isdir(folder):
+        sys.exit(f"there is no folder {folder}; all hosts must share it")
+addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout.split()
+for port in map(int, sys.argv[3:]):
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            continue
+    print(addresses[0] if addresses else socket.gethostbyname(socket.gethostname()), port)
+    break
+else:
+    sys.exit(f"no port is free of {sys.argv[3:]}")
+"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a host has of the jobs that were asked for."""
+
+    host: str
+    processes: tuple[job_processes.Process, ...] = ()
+    left: tuple[job_processes.Process, ...] = ()
+    """Those that could not be ended."""
+    error: str = ""
+    """Why the host does not say."""
+
+
+class HostfileLauncher:
+    """Starts a job's ranks on the first hosts of a hostfile by DeepSpeed's runner, and ends them by the job's id.
+
+    ``environment`` is the job's: it is handed to every rank, beside what the user's own .deepspeed_env says.
+    """
+
+    def __init__(self, spec: JobSpec, environment: Mapping[str, str]) -> None:
+        launch = spec.launch
+        assert launch.hostfile is not None
+        self._spec, self._job = spec, dict(environment)
+        check_variables(self._job)
+        self._pdsh = launch.launcher != "openmpi"
+        self._hosts = first_hosts(Path(spec.working_folder, launch.hostfile), spec.nodes, spec.gpus_per_node)
+        self._names = [host.name for host in self._hosts]
+        self._arguments = _words("[launch] launcher_args", launch.launcher_args)
+        options, self._arguments = self._ssh_options()
+        self._ssh = Ssh(tuple(options))
+        self._watch: HostWatch | None = None
+        if self._pdsh:
+            _check_plain("[launch] python", spec.python)
+            _check_plain("working folder", spec.working_folder)
+
+    def _ssh_options(self) -> tuple[list[str], list[str]]:
+        """Return the user's own options of ssh, and the launcher's arguments without them."""
+        words = self._arguments
+        if self._pdsh:
+            return os.environ.get(PDSH_OPTIONS, "").split(), words
+        for index in range(len(words) - 2):
+            if words[index] in ("-mca", "--mca") and words[index + 1] == RSH_OPTIONS:
+                return words[index + 2].split(), words[:index] + words[index + 3 :]
+        return [], words
+
+    def command(self, training: Sequence[str]) -> list[str]:
+        """Write the job's hostfile and environment file, and return the launch line.
+
+        Raises:
+            RunError: a host does not answer or lacks the job's folders, or a program is missing here.
+        """
+        spec, folder = self._spec, self._spec.files.folder
+        for program in ("ssh", "pdsh" if self._pdsh else "mpirun"):
+            if shutil.which(program) is None:
+                raise RunError(f"{program} is not on PATH: kind = 'hostfile' needs it on the machine that submits")
+        folder.mkdir(parents=True, exist_ok=True)
+        hostfile = "".join(f"{host.name} slots={host.slots}\n" for host in self._hosts)
+        write_text_atomic(folder / "hostfile", hostfile)
+        write_text_atomic(folder / "deepspeed_env", self._env_file())
+        address, port = self._rendezvous()
+        runner = [spec.python, "-m", "pathswitch.launch.deepspeed_runner", "--hostfile", str(folder / "hostfile")]
+        # One host in the hostfile is a host all the same, not this machine.
+        runner += ["--force_multi", "--no_ssh_check", "--master_addr", address, "--master_port", str(port)]
+        if self._pdsh:
+            script, *arguments = module_or_script(training)
+            module = [script, pdsh_word(arguments.pop(0))] if script == "--module" else [pdsh_word(script)]
+            runner += ["--launcher", "pdsh", f"--launcher_args={shlex.join(self._arguments)}", *module]
+            return [*runner, *map(runner_argument, arguments)]
+        exported = f"export MASTER_ADDR={shlex.quote(address)} MASTER_PORT={port}; {OPENMPI_RANK}"
+        runner += ["--launcher", "openmpi", f"--launcher_args={shlex.join(self._mpirun_arguments())}", "--no_python"]
+        return [*runner, "sh", "-c", exported, "sh", spec.python, "-u", *training]
+
+    def environment(self) -> dict[str, str]:
+        """Return where the runner finds the job's environment, and options of ssh that end the wait for a lost host."""
+        environment = {"DS_ENV_FILE": str(self._spec.files.folder / "deepspeed_env")}
+        if self._pdsh:
+            environment[PDSH_OPTIONS] = " ".join([*self._ssh.options, *self._keep_alive()])
+        return environment
+
+    def ask_to_stop(self) -> None:
+        """Leave it to the stop file: signals end at pdsh, and at mpirun they end the job."""
+
+    def failure(self) -> str | None:
+        """Return which host is lost, None while all answer."""
+        if self._watch is None:
+            self._watch = HostWatch(self._names, self._ssh, self._spec.launch.host_timeout_seconds)
+        return self._watch.failure()
+
+    def end(self) -> list[str]:
+        """End the job's processes on all hosts and on this machine, and say what was found where."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+        found = end_jobs(self._names, [self._spec.id], python=self._spec.python, ssh=self._ssh)
+        return [_line(entry) for entry in found]
+
+    def _env_file(self) -> str:
+        name = os.environ.get("DS_ENV_FILE", DEFAULT_NAME)
+        user = user_lines(Path.home(), Path(self._spec.working_folder), name)
+        if self._pdsh:
+            # The runner hands PYTHONPATH on by itself, with the working folder in front.
+            return env_file(user, {name: value for name, value in self._job.items() if name != "PYTHONPATH"})
+        return env_file({name: value for name, value in user.items() if name not in self._job}, {})
+
+    def _mpirun_arguments(self) -> list[str]:
+        """Return the user's arguments, options of ssh, and the names of the variables that mpirun hands on."""
+        exported = [word for name in self._job if name != "PYTHONPATH" for word in ("-x", name)]
+        return [*self._arguments, "--mca", RSH_OPTIONS, " ".join([*self._ssh.options, *self._keep_alive()]), *exported]
+
+    def _keep_alive(self) -> list[str]:
+        """Return options of ssh; the user's own come first, and ssh takes the first of its kind."""
+        seconds = max(1, int(self._spec.launch.host_timeout_seconds / 4))
+        return ["-oBatchMode=yes", f"-oServerAliveInterval={seconds}", "-oServerAliveCountMax=3"]
+
+    def _rendezvous(self) -> tuple[str, int]:
+        """Return the address of the first host and a port that is free there, once all hosts have answered."""
+        spec, offset = self._spec, self._spec.port - FIRST_PORT
+        ports = [str(FIRST_PORT + (offset + more) % PORTS) for more in range(PORTS_TRIED)]
+        command = [spec.python, "-", spec.working_folder, str(spec.files.folder), *ports]
+
+        def ask(host: str) -> tuple[str, str]:
+            try:
+                return self._ssh.run(host, command, script=RENDEZVOUS), ""
+            except RunError as error:
+                return "", str(error)
+
+        answers = on_all(self._names, ask)
+        if errors := [error for _, error in answers if error]:
+            raise RunError("; ".join(errors))
+        address, port = answers[0][0].split()[-2:]
+        return self._job.get("MASTER_ADDR", address), int(port)
+
+
+def orphans(
+    hosts: Sequence[str], jobs: Sequence[str], *, python: str = sys.executable, ssh: Ssh | None = None
+) -> list[Found]:
+    """Return what this machine and hosts have of jobs, given by id, or by what ids begin with up to a colon.
+
+    Where no agent looks after such a job, they are orphans. Hosts that answer and have nothing are left out.
+    ``python`` is an interpreter on the hosts.
+    """
+    return _on_machines(hosts, jobs, None, python, ssh or Ssh())
+
+
+def end_jobs(
+    hosts: Sequence[str], jobs: Sequence[str], *, python: str = sys.executable, ssh: Ssh | None = None
+) -> list[Found]:
+    """End the processes of jobs on this machine and on hosts, and return what was found, as ``orphans`` does."""
+    return _on_machines(hosts, jobs, GRACE_SECONDS, python, ssh or Ssh())
+
+
+def _on_machines(
+    hosts: Sequence[str], jobs: Sequence[str], grace_seconds: float | None, python: str, ssh: Ssh
+) -> list[Found]:
+    """Find, or end after ``grace_seconds``, the processes of jobs."""
+    here, left = (job_processes.find(jobs), []) if grace_seconds is None else job_processes.end(jobs, grace_seconds)
+    found = on_all(hosts, partial(_on_host, jobs=jobs, grace_seconds=grace_seconds, python=python, ssh=ssh))
+    # This machine may be one of the hosts.
+    elsewhere = [replace(entry, processes=tuple(p for p in entry.processes if p not in here)) for entry in found]
+    machines = [Found(socket.gethostname(), tuple(here), tuple(left)), *elsewhere]
+    return [entry for entry in machines if entry.processes or entry.error]
+
+
+def _on_host(host: str, *, jobs: Sequence[str], grace_seconds: float | None, python: str, ssh: Ssh) -> Found:
+    script = Path(job_processes.__file__).read_text(encoding="utf-8")
+    command = [python, "-I", "-S", "-", "" if grace_seconds is None else str(grace_seconds), *jobs]
+    patience = ANSWER_SECONDS + (grace_seconds or 0) + job_processes.KILL_SECONDS
+    try:
+        output = ssh.run(host, command, script=script, timeout_seconds=patience)
+        processes, left = json.loads(output.splitlines()[-1])
+    except (RunError, ValueError, IndexError) as error:
+        return Found(host, error=str(error) or "no answer")
+    return Found(host, tuple(processes), tuple(left))
+
+
+def _line(found: Found) -> str:
+    if found.error:
+        return f"{found.host}: not searched for processes of the job: {found.error}"
+    count = f"{len(found.processes)} process{'es' if len(found.processes) > 1 else ''}"
+    ended = ", ".join(f"pid {process['pid']} ({process['command'][:COMMAND_LENGTH]})" for process in found.processes)
+    left = ", ".join(f"pid {process['pid']}" for process in found.left)
+    return f"{found.host}: {count} outlived the launcher, ended: {ended}{left and f'; still there: {left}'}"
+
+
+def _words(where: str, lines: Sequence[str]) -> list[str]:
+    """Split lines into words as a shell does."""
+    try:
+        return [word for line in lines for word in shlex.split(line)]
+    except ValueError as error:
+        raise ConfigError(where, given=list(lines), allowed=f"words as a shell splits them ({error})") from None
+
+
+def _check_plain(where: str, text: str) -> None:
+    if not re.fullmatch(r"[\w@+=:,./-]+", text):
+        allowed = "a path of letters, digits and _ @ + = : , . / -: DeepSpeed writes it into a shell's line as it is"
+        raise ConfigError(where, given=text, allowed=allowed)
