@@ -153,10 +153,12 @@ class RunFolder:
         """
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            if (self.out / PLAN_FILE).is_file():
-                self._require_continuation(self.plan_file(), plan_file)
+            old = self.plan_file() if (self.out / PLAN_FILE).is_file() else None
+            if old is not None:
+                self._require_continuation(old, plan_file)
             text = tomli_w.dumps(plan_file.model_dump(mode="json", exclude_unset=True))
-            write_text_atomic(self.out / PLAN_FILE, text)
+            if old != plan_file:  # the folder's own plan file, and whatever is noted in it, stays as it is
+                write_text_atomic(self.out / PLAN_FILE, text)
             run_ledger(self.out).append(PlanRecord(hashlib.sha256(text.encode()).hexdigest(), text))
             train = plan_file.train
             run: dict[str, Any] = {"seed": train.seed, "ranks": train.ranks} if train else {}

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from pathswitch import __version__
+from pathswitch.cli.prepare import prepare_run
 from pathswitch.config import PlanFile, build_plan, load_plan_file
 from pathswitch.errors import ConfigError, PathSwitchError, choices
 from pathswitch.versions import MAIN, PARADIGMS, Paradigm, Plan
-
-if TYPE_CHECKING:
-    from pathswitch.data import Prepared
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -170,38 +168,53 @@ def with_seed(plan_file: PlanFile, seed: int | None) -> PlanFile:
 
 def train(plan_file: PlanFile, base: Path, out: Path, paradigm: Paradigm, on_damage: str | None = None) -> None:
     """Prepare a plan's data and train one paradigm in the run folder ``out``."""
-    from pathswitch.launch.paradigm import require_trainable, run_paradigm
-    from pathswitch.run_folder import RunFolder
-    from pathswitch.trainer.samples import path_stream
+    from pathswitch.launch.paradigm import run_paradigm
 
-    require_trainable(plan_file)
-    folder = RunFolder(out)
-    folder.open(plan_file)
     try:
-        prepared = prepare_data(plan_file, base, folder.data)
-        for path in build_plan(plan_file).paths(paradigm):
-            path_stream(plan_file, path, prepared)  # raises unless every version has text enough for its steps
-        run_paradigm(plan_file, folder, paradigm, console, on_damage)
+        run_paradigm(plan_file, prepare_run(plan_file, base, out, paradigm), paradigm, console, on_damage)
     except KeyboardInterrupt:
         print("pathswitch: interrupted; run the same command again to go on", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
-def prepare_data(plan_file: PlanFile, base: Path, out: Path) -> Prepared:
-    """Turn the plan's text files, relative to ``base``, into a tokenizer and token files in ``out``."""
-    from pathswitch.data import VersionText, prepare
+@app.command()
+def submit(
+    plan_path: PlanArgument,
+    out: Annotated[Path, typer.Option(help="The run folder.")],
+    paradigm: ParadigmOption = "path_switching",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the jobs and what they cost, and stop.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Show JSON instead, with the text of every file.")] = False,
+) -> None:
+    """Start every path of a plan as a job, as its [launch] says; again, only what is missing."""
+    from pathswitch.cli.jobs import submit_plan
 
-    data = plan_file.data
-    assert data is not None
-    return prepare(
-        [VersionText(version.name, version.train, version.test) for version in plan_file.versions],
-        base=base,
-        out=out,
-        vocab_size=data.vocab_size,
-        tokenizer_model=base / data.tokenizer if data.tokenizer else None,
-        separator=data.separator,
-        progress=lambda message: console.print(f"data: {message}", highlight=False),
-    )
+    plan_file = load_plan_file(plan_path)
+    submit_plan(plan_path, plan_file, out, _paradigm(paradigm), dry_run=dry_run, yes=yes, as_json=as_json)
+
+
+@app.command()
+def status(
+    run_folder: RunArgument,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again until all jobs have ended.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show where a run's jobs stand: step, LR, loss, last checkpoint, restarts, what each waits for and why."""
+    from pathswitch.cli.jobs import show_status
+
+    show_status(run_folder, watch=watch, as_json=as_json)
+
+
+@app.command()
+def cancel(
+    run_folder: RunArgument,
+    path: Annotated[str | None, typer.Argument(metavar="[PATH]", help="main, or a version; all if absent.")] = None,
+    now: Annotated[bool, typer.Option("--now", help="Do not wait until the job has saved.")] = False,
+) -> None:
+    """Have a run's jobs, or one path's, save and end; `submit` goes on later."""
+    from pathswitch.cli.jobs import cancel_run
+
+    cancel_run(run_folder, path, now=now)
 
 
 @app.command()
@@ -340,6 +353,19 @@ def adopt(
     from pathswitch.cli.checkpoints import adopt_folder
 
     adopt_folder(folder, step, path, plan, signing_key_file, console)
+
+
+@app.command()
+def doctor(
+    plan_path: Annotated[Path | None, typer.Argument(metavar="[PLAN.toml]", help="The plan file.")] = None,
+    run: Annotated[Path | None, typer.Option(metavar="RUN", help="The run folder; it may not exist yet.")] = None,
+    hostfile: Annotated[Path | None, typer.Option(metavar="FILE", help="In place of the plan's hostfile.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the environment that jobs would run in, and say what to do; exit code 1 if there is a problem."""
+    from pathswitch.cli.doctor import doctor_command
+
+    raise typer.Exit(doctor_command(plan_path, run, hostfile, as_json, console))
 
 
 @app.command()

@@ -149,7 +149,9 @@ class LaunchSection(JobSection):
     signal_seconds: Annotated[int, Field(ge=30, description="a whole number of seconds >= 30")] = 300
     """How long before the end of the time; a save must fit in."""
     restart_budget: Annotated[int, Field(ge=0, description="a whole number >= 0")] = 3
-    """Starts in a row that may commit no new checkpoint before a job gives up."""
+    """Restarts without a new checkpoint before a job gives up."""
+    parallel: Count = 1
+    """Jobs that `submit` runs at a time where SLURM does not decide: on this machine, or on a hostfile's."""
     seconds_per_step: Seconds | None = None
     """For the estimate, until a step has been measured."""
     main: JobSection = JobSection()

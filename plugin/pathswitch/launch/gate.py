@@ -15,7 +15,7 @@ from pathswitch.checkpoint.fork import Fork, fork_checkpoint
 from pathswitch.config import build_plan
 from pathswitch.errors import CheckpointError
 from pathswitch.launch.journal import Journal
-from pathswitch.run_folder import RunFolder, tag
+from pathswitch.run_folder import PathFolder, RunFolder, tag
 from pathswitch.versions import Path as TrainingPath
 from pathswitch.versions.ledger import folder_name, run_ledger
 from pathswitch.versions.records import BranchRecord
@@ -36,14 +36,13 @@ OPEN = Gate("open")
 
 def is_open(run: RunFolder, path: TrainingPath) -> bool:
     """Return whether a path starts from scratch, or has a checkpoint of its own to go on from."""
-    return path.start_step == 0 or durable_step(run, path) is not None
+    return path.start_step == 0 or durable_step(run.path(path), path.name) is not None
 
 
-def durable_step(run: RunFolder, path: TrainingPath) -> int | None:
+def durable_step(files: PathFolder, path: str) -> int | None:
     """Return the updates behind a path's newest committed checkpoint, None where it has none."""
-    committed = committed_checkpoints(run.path(path).checkpoints)
-    steps = [manifest.step for _, manifest in committed if (manifest.paradigm, manifest.path) == _identity(path)]
-    return max(steps, default=None)
+    committed = committed_checkpoints(files.checkpoints)
+    return max((manifest.step for _, manifest in committed if manifest.path == path), default=None)
 
 
 def open_gate(run: RunFolder, path: TrainingPath, key: bytes | None, attempt: str) -> Gate:
@@ -110,7 +109,3 @@ def record_fork(run: RunFolder, path: TrainingPath, fork: Fork, parent: Manifest
         policy=fork.manifest.policy.changes(),
     )
     run_ledger(run.out).append(record)
-
-
-def _identity(path: TrainingPath) -> tuple[str, str]:
-    return path.paradigm, path.name

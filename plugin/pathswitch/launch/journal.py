@@ -36,13 +36,15 @@ class Journal:
         return events_by_path(run_ledger(self.run).read().records).get((self.paradigm, self.path), [])
 
     def fruitless_starts(self, step: int) -> int:
-        """Return how many starts in a row, up to now, have not come beyond ``step``; those asked to stop do not count.
+        """Return how many starts, since a job gave up last, have not come beyond ``step``.
 
-        A start after which nobody wrote down how it ended (a node was lost) counts.
+        Those that were asked to stop do not count; one after which nobody wrote down how it ended does, as after the
+        loss of a node.
         """
-        events = self.read()
-        asked = {event.record.attempt for event in events if event.record.event == "stopped"}
-        starts = [event.record for event in events if event.record.event == "started"]
+        records = [event.record for event in self.read()]
+        given_up = max((index for index, record in enumerate(records) if record.event == "gave up"), default=-1)
+        asked = {record.attempt for record in records if record.event in ("stopped", "cancelled")}
+        starts = [record for record in records[given_up + 1 :] if record.event == "started"]
         return sum(record.step == step and record.attempt not in asked for record in starts)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from pathswitch.errors import RunError
 from pathswitch.launch.spec import JobSpec
 
 
@@ -37,7 +37,7 @@ class LocalLauncher:
     def command(self, training: Sequence[str]) -> list[str]:
         """Return the launch line."""
         spec = self._spec
-        runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(spec.ranks)]
+        runner = [spec.python, "-m", "deepspeed.launcher.runner", "--num_gpus", str(spec.ranks)]
         return [*runner, "--master_port", str(spec.port), *module_or_script(training)]
 
     def environment(self) -> dict[str, str]:
@@ -54,6 +54,30 @@ class LocalLauncher:
     def end(self) -> list[str]:
         """Do nothing: the agent ends the process group."""
         return []
+
+
+def launcher_of(spec: JobSpec, environment: Mapping[str, str], slurm_job: str | None) -> Launcher:
+    """Return what starts the ranks of a job.
+
+    Args:
+        spec: the job.
+        environment: the job's environment.
+        slurm_job: the id of the SLURM job that this process runs in.
+
+    Raises:
+        RunError: the job is SLURM's, and this process is not in one.
+    """
+    if spec.launch.kind == "slurm":
+        from pathswitch.launch.slurm_launcher import SlurmLauncher
+
+        if slurm_job is None:
+            raise RunError(f"{spec.path}: its job is SLURM's: start it with sbatch {spec.files.batch_script}")
+        return SlurmLauncher(spec, slurm_job)
+    if spec.launch.kind == "hostfile":
+        from pathswitch.launch.hostfile import HostfileLauncher
+
+        return HostfileLauncher(spec, environment)
+    return LocalLauncher(spec)
 
 
 def module_or_script(training: Sequence[str]) -> list[str]:

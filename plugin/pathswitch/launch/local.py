@@ -58,12 +58,13 @@ def run_job(command: Sequence[str], environment: Mapping[str, str], log: Path, t
                 except subprocess.TimeoutExpired:
                     continue
         finally:
-            _end_group(job)
+            end_group(job)
 
 
-def _end_group(job: subprocess.Popen[bytes]) -> None:
+def end_group(job: subprocess.Popen[bytes], grace_seconds: float | None = None) -> None:
     """End what is left of the job's process group; the launcher's death does not end its ranks."""
-    for signum, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
+    grace = GRACE_SECONDS if grace_seconds is None else grace_seconds
+    for signum, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, GRACE_SECONDS)):
         try:
             os.killpg(job.pid, signum)
         except ProcessLookupError:

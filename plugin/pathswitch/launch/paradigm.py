@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
-from pathlib import Path
 
 from rich.console import Console
 
 from pathswitch.checkpoint import read_section
 from pathswitch.config import PlanFile, build_plan
 from pathswitch.errors import ConfigError, RunError
+from pathswitch.launch.failure import failure_reason
 from pathswitch.launch.local import deepspeed_command, free_port, job_environment, run_job
 from pathswitch.launch.progress import PathProgress
 from pathswitch.run_folder import RunFolder
 from pathswitch.versions import Paradigm
 from pathswitch.versions import Path as TrainingPath
-
-ERROR_MARK = "pathswitch: error: "
-LOG_TAIL_LINES = 15
-RAISED = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception)\b.*: ")
 
 
 def require_trainable(plan_file: PlanFile) -> None:
@@ -78,18 +73,4 @@ def _run_path(
         code = run_job(command, job_environment(ranks, os.environ), files.log, progress.tick)
     if not folder.is_complete(path):
         # The launcher exits with 0 even when it was killed itself; only the record proves completion.
-        raise RunError(f"{label} did not complete (launcher exit code {code}): {_reason(files.log, log_start)}")
-
-
-def _reason(log: Path, start: int) -> str:
-    """Return our own error message from this job's part of the log, or the first exception, or the log's tail."""
-    with log.open("rb") as file:
-        file.seek(start)
-        lines = file.read().decode(errors="replace").splitlines()
-    ours = [line.partition(ERROR_MARK)[2] for line in lines if ERROR_MARK in line]
-    # The ranks that wait for a dead one fail too, with the news that its connection is closed.
-    raised = [line for line in lines if RAISED.match(line) and "Connection closed by peer" not in line]
-    if ours or raised:
-        return f"{(ours or raised)[0]} (log: {log})"
-    tail = "\n  ".join(lines[-LOG_TAIL_LINES:])
-    return f"the last lines of {log}:\n  {tail}"
+        raise RunError(f"{label} did not complete (launcher exit code {code}): {failure_reason(files.log, log_start)}")

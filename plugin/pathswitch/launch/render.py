@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pathswitch.errors import ConfigError
-from pathswitch.launch.spec import JobSpec
+from pathswitch.launch.spec import JobSpec, comment_prefix
 from pathswitch.run_folder import PLAN_FILE
 
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
@@ -20,7 +20,7 @@ SCHEDULER = "PathSwitchLR"
 
 def job_comment(spec: JobSpec) -> str:
     """Return what tells the job from all others in SLURM."""
-    return f"pathswitch:{spec.id}"
+    return comment_prefix(spec.run, spec.paradigm) + spec.path
 
 
 def job_name(spec: JobSpec) -> str:

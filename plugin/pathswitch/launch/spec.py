@@ -7,11 +7,15 @@ import string
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from pydantic import ValidationError
+
+from pathswitch.checkpoint import CheckpointSettings, read_section
 from pathswitch.config import PlanFile, build_plan
 from pathswitch.config.fields import Section
 from pathswitch.config.launch import LAUNCHERS, JobSection, LaunchSection
-from pathswitch.errors import ConfigError, choices
+from pathswitch.errors import ConfigError, RunError, choices
 from pathswitch.launch.megatron import megatron_parts
 from pathswitch.run_folder import PLAN_FILE, PathFolder
 from pathswitch.versions import Paradigm
@@ -48,6 +52,8 @@ class JobSpec(Section):
     working_folder: str
     python: str
     port: int
+    signing_key_file: str | None
+    """The key that signs the job's manifests."""
     launch: LaunchSection
     """As it holds for this path."""
 
@@ -99,7 +105,34 @@ def run_id(run: Path) -> str:
     return hashlib.sha256(str(run.absolute()).encode()).hexdigest()[:8]
 
 
-def job_specs(plan_file: PlanFile, base: Path, run: Path, paradigm: Paradigm = "path_switching") -> list[JobSpec]:
+def comment_prefix(run: str, paradigm: str) -> str:
+    """Return what the comments of a run's SLURM jobs begin with; the path's name follows."""
+    return f"pathswitch:{run_id(Path(run))}:{paradigm}:"
+
+
+def load_spec(job_file: Path) -> JobSpec:
+    """Return the job that a file describes.
+
+    Raises:
+        RunError: the file cannot be read, or another version of pathswitch has written it.
+    """
+    try:
+        return JobSpec.model_validate_json(job_file.read_bytes())
+    except OSError as error:
+        raise RunError(f"{job_file}: cannot be read ({error.strerror}): `pathswitch submit` writes it") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RunError(f"{job_file}: {where}: {first['msg']}; `pathswitch submit` writes it anew") from None
+
+
+def job_specs(
+    plan_file: PlanFile,
+    base: Path,
+    run: Path,
+    paradigm: Paradigm = "path_switching",
+    ds_config: Mapping[str, Any] | None = None,
+) -> list[JobSpec]:
     """Return the jobs of a paradigm's paths, parents before children.
 
     Args:
@@ -107,6 +140,7 @@ def job_specs(plan_file: PlanFile, base: Path, run: Path, paradigm: Paradigm = "
         base: the plan file's folder, the working folder of all jobs.
         run: the run folder.
         paradigm: whose paths are trained.
+        ds_config: the content of [launch] ds_config, where there is one.
 
     Raises:
         ConfigError: [launch] contradicts itself, the plan, or what its kind can do.
@@ -120,11 +154,21 @@ def job_specs(plan_file: PlanFile, base: Path, run: Path, paradigm: Paradigm = "
             raise ConfigError("[launch.paths]", given=name, allowed=choices(known, name))
     base, run = base.absolute(), run.absolute()
     first_port = int(run_id(run), 16)
-    return [
+    key_file = _checkpoint_settings(plan_file, ds_config).signing_key_file
+    specs = [
         _spec(plan_file, path, base, run, FIRST_PORT + (first_port + index) % PORTS)
         for index, path in enumerate(paths)
         if path.steps > 0
     ]
+    return [spec.model_copy(update={"signing_key_file": key_file and str(base / key_file)}) for spec in specs]
+
+
+def _checkpoint_settings(plan_file: PlanFile, ds_config: Mapping[str, Any] | None) -> CheckpointSettings:
+    if MEGATRON_ARGS in plan_file.launch.command:
+        return plan_file.megatron.checkpoint
+    if plan_file.launch.command:
+        return read_section(ds_config or {}).checkpoint
+    return read_section(plan_file.deepspeed).checkpoint
 
 
 def _spec(plan_file: PlanFile, path: TrainingPath, base: Path, run: Path, port: int) -> JobSpec:
@@ -142,6 +186,7 @@ def _spec(plan_file: PlanFile, path: TrainingPath, base: Path, run: Path, port: 
         working_folder=str(base),
         python=launch.python or sys.executable,
         port=port,
+        signing_key_file=None,
         launch=launch,
     )
     if embedded:

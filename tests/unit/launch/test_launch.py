@@ -16,7 +16,7 @@ from rich.console import Console
 from pathswitch.atomic import write_text_atomic
 from pathswitch.config import plan_from_params
 from pathswitch.launch.local import deepspeed_command, job_environment, run_job
-from pathswitch.launch.paradigm import _reason
+from pathswitch.launch.failure import failure_reason
 from pathswitch.launch.progress import PathProgress
 
 
@@ -91,7 +91,7 @@ def test_the_cause_is_found_in_the_log(tmp_path: Path, lines: list[str], expecte
     start = log.stat().st_size
     with log.open("a") as file:
         file.write("\n".join(lines) + "\n")
-    reason = _reason(log, start)
+    reason = failure_reason(log, start)
     assert expected in reason and "earlier" not in reason and str(log) in reason
 
 

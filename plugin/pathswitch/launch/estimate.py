@@ -1,0 +1,94 @@
+"""What jobs will cost, from a step's time that was measured in the run, or given in the plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from pathswitch.config import PlanFile, build_plan
+from pathswitch.config.launch import time_seconds
+from pathswitch.launch.spec import JobSpec
+from pathswitch.run_folder import PathFolder
+
+RECENT_STEPS = 50
+
+
+@dataclass(frozen=True)
+class JobEstimate:
+    """What a job will take from its first step to its last, if it runs alone and never waits."""
+
+    hours: float
+    gpu_hours: float
+    segments: int
+    """How often it will be queued, by its time limit."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """GPU-hours of whole paradigms, with the main path's GPUs and its step's time where they train from scratch."""
+
+    path_switching: float
+    ptfs: float
+    cpt: float
+
+
+def measured_seconds_per_step(files: PathFolder) -> float | None:
+    """Return the median of a path's last steps, None where none has been measured."""
+    if files.metrics.is_file():
+        lines = files.metrics.read_text().splitlines()[-RECENT_STEPS:]
+        times = [float(json.loads(line)["seconds"]) for line in lines if line.endswith("}")]
+        if times:
+            return median(times)
+    if files.progress.is_file():
+        return float(json.loads(files.progress.read_text())["seconds_per_step"])
+    return None
+
+
+def seconds_per_step(specs: Sequence[JobSpec], given: float | None) -> dict[str, float]:
+    """Return every path's step time: its own, or another's, with time that falls as the number of ranks grows.
+
+    Args:
+        specs: the jobs, the main path first.
+        given: [launch] seconds_per_step, that of the first job; what has been measured goes before it.
+    """
+    measured = {spec.path: seconds for spec in specs if (seconds := measured_seconds_per_step(spec.files)) is not None}
+    source = next((spec for spec in specs if spec.path in measured), None)
+    if source is not None:
+        base, ranks = measured[source.path], source.ranks
+    elif given is not None:
+        base, ranks = given, specs[0].ranks
+    else:
+        return {}
+    return {spec.path: measured.get(spec.path, base * ranks / spec.ranks) for spec in specs}
+
+
+def estimates(specs: Sequence[JobSpec], given: float | None) -> dict[str, JobEstimate]:
+    """Return what every job takes, by path; nothing where no step's time is known."""
+    times, found = seconds_per_step(specs, given), {}
+    for spec in specs:
+        if spec.path not in times:
+            continue
+        seconds = (spec.end_step - spec.start_step) * times[spec.path]
+        segments = 1
+        if spec.launch.time is not None:
+            usable = max(1.0, time_seconds(spec.launch.time) - spec.launch.signal_seconds)
+            segments = max(1, -(-int(seconds) // int(usable)))
+        found[spec.path] = JobEstimate(seconds / 3600, seconds / 3600 * spec.ranks, segments)
+    return found
+
+
+def totals(plan_file: PlanFile, specs: Sequence[JobSpec], given: float | None) -> Totals | None:
+    """Return the GPU-hours of the plan's paradigms, None where no step's time is known."""
+    by_path = estimates(specs, given)
+    times = seconds_per_step(specs, given)
+    if not specs or not times:
+        return None
+    cost = build_plan(plan_file).cost
+    per_step = times[specs[0].path] * specs[0].ranks / 3600
+    return Totals(
+        path_switching=sum(estimate.gpu_hours for estimate in by_path.values()),
+        ptfs=cost.ptfs_steps * per_step,
+        cpt=cost.cpt_steps * per_step,
+    )

@@ -1,0 +1,156 @@
+"""Submission: every path of a plan becomes a job, once, however often and from wherever this is called again."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pathswitch.atomic import write_text_atomic
+from pathswitch.checkpoint import read_key
+from pathswitch.config import PlanFile, build_plan
+from pathswitch.errors import ConfigError, RunError
+from pathswitch.launch import slurm
+from pathswitch.launch.agent import CANCELLED
+from pathswitch.launch.gate import OPEN, Gate, durable_step, open_gate
+from pathswitch.launch.gatekeeper import release
+from pathswitch.launch.journal import Journal
+from pathswitch.launch.render import job_comment, job_files
+from pathswitch.launch.spec import JobSpec, comment_prefix
+from pathswitch.run_folder import PLAN_FILE, RunFolder
+
+Action = Literal["done", "queued", "submit", "submit held", "refused"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What submission does about one job."""
+
+    spec: JobSpec
+    action: Action
+    job_id: str | None = None
+    """Of the job that is queued or runs already."""
+    reason: str | None = None
+    """Why the branch may not start, or what it waits for."""
+
+
+def read_ds_config(plan_file: PlanFile, base: Path) -> dict[str, Any] | None:
+    """Return the content of the plan's [launch] ds_config, None where it has none.
+
+    Raises:
+        ConfigError: it cannot be read, or is not an object in JSON.
+    """
+    if plan_file.launch.ds_config is None:
+        return None
+    path = base / plan_file.launch.ds_config
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError("[launch] ds_config", given=str(path), allowed=f"a readable JSON file ({error})") from None
+    if not isinstance(content, dict):
+        raise ConfigError("[launch] ds_config", given=str(path), allowed="a file with an object in JSON")
+    return content
+
+
+def write_job_files(specs: Sequence[JobSpec], ds_config: Mapping[str, Any] | None) -> None:
+    """Write the files of all jobs where they are not yet as they should be: all are rendered before any is written.
+
+    Raises:
+        ConfigError: something cannot be written down so that it arrives as it is.
+    """
+    texts = [item for spec in specs for item in job_files(spec, ds_config).items()]
+    for path, text in texts:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() or path.read_text() != text:
+            write_text_atomic(path, text)
+
+
+def plan_submission(specs: Sequence[JobSpec], *, on_slurm: bool, look_only: bool = False) -> list[Step]:
+    """Return what is to be done about each job; a gate that can be opened is opened on the way.
+
+    Args:
+        specs: the jobs.
+        on_slurm: whether SLURM has to be asked what waits or runs.
+        look_only: change nothing: a branch whose fork has not been made yet waits.
+    """
+    live = slurm.live_jobs(comment_prefix(specs[0].run, specs[0].paradigm)) if specs and on_slurm else {}
+    return [_step(spec, live.get(job_comment(spec)), look_only) for spec in specs]
+
+
+def _step(spec: JobSpec, job: slurm.SlurmJob | None, look_only: bool) -> Step:
+    if spec.files.completed_step() >= spec.end_step:
+        return Step(spec, "done")
+    gate = _gate(spec, look_only)
+    if job is not None:
+        return Step(spec, "queued", job.job_id, gate.reason)
+    if gate.state == "refused":
+        return Step(spec, "refused", reason=gate.reason)
+    return Step(spec, "submit" if gate.state == "open" else "submit held", reason=gate.reason)
+
+
+def _gate(spec: JobSpec, look_only: bool) -> Gate:
+    run = RunFolder(Path(spec.run))
+    if spec.start_step == 0 or durable_step(spec.files, spec.path) is not None:
+        return OPEN
+    waiting = Gate("waiting", f"for {spec.parent}@{spec.start_step}")
+    if look_only or not (run.out / PLAN_FILE).is_file():
+        return waiting
+    path = build_plan(run.plan_file()).path(spec.path, spec.paradigm)
+    return open_gate(run, path, read_key(spec.signing_key_file), "submit")
+
+
+def submit_all(steps: Sequence[Step]) -> Iterator[Step]:
+    """Submit what is to be submitted, and yield each job as it stands then.
+
+    Raises:
+        RunError: SLURM refuses a job; those before it are submitted.
+    """
+    job_ids: dict[str, str] = {}
+    for step in steps:
+        spec = step.spec
+        if step.action in ("submit", "submit held"):
+            _forget_cancellation(spec)
+            after = None
+            # A path that starts where its parent ends cannot start without it; a branch leaves before.
+            if step.action == "submit held" and spec.parent in job_ids and _starts_at_end(spec, steps):
+                after = f"afterok:{job_ids[spec.parent]}"
+            held = step.action == "submit held"
+            job_id = slurm.submit(spec.files.batch_script, job_comment(spec), held=held, after=after)
+            Journal(Path(spec.run), spec.paradigm, spec.path).write("submitted", job_id)
+            step = Step(spec, step.action, job_id, step.reason)
+        if step.job_id is not None:
+            job_ids[spec.path] = step.job_id
+        # The parent may have come to the fork since: then nobody else would release the job.
+        if step.job_id is not None and spec.parent is not None and _gate(spec, look_only=False).state == "open":
+            release(spec, [spec.path])
+        yield step
+
+
+def _starts_at_end(spec: JobSpec, steps: Sequence[Step]) -> bool:
+    return any(step.spec.path == spec.parent and step.spec.end_step == spec.start_step for step in steps)
+
+
+def _forget_cancellation(spec: JobSpec) -> None:
+    stop = spec.files.stop
+    if stop.is_file() and stop.read_text().startswith(CANCELLED):
+        stop.unlink()
+
+
+@contextmanager
+def only_submission(run: Path) -> Iterator[None]:
+    """Hold the run's lock for submissions.
+
+    Raises:
+        RunError: another submission is at work.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "submit.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{run}: another `pathswitch submit` is at work on this run") from None
+        yield
