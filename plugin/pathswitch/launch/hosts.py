@@ -82,6 +82,11 @@ class Ssh:
     options: tuple[str, ...] = ()
     """More options of ssh."""
 
+    def line(self, host: str, command: Sequence[str], connect_seconds: float) -> list[str]:
+        """Return the command line that runs a command on a host, and gives up what does not connect in time."""
+        connect = f"-oConnectTimeout={max(1, int(min(connect_seconds, ANSWER_SECONDS)))}"
+        return ["ssh", *_OPTIONS, connect, *self.options, host, shlex.join(command)]
+
     def run(
         self, host: str, command: Sequence[str], *, script: str = "", timeout_seconds: float = ANSWER_SECONDS
     ) -> str:
@@ -90,8 +95,7 @@ class Ssh:
         Raises:
             RunError: the host does not answer in time, or the command fails.
         """
-        connect = f"-oConnectTimeout={max(1, int(min(timeout_seconds, ANSWER_SECONDS)))}"
-        line = ["ssh", *_OPTIONS, connect, *self.options, host, shlex.join(command)]
+        line = self.line(host, command, timeout_seconds)
         try:
             done = subprocess.run(line, input=script.encode(), capture_output=True, timeout=timeout_seconds)
         except subprocess.TimeoutExpired:

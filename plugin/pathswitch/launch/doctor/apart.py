@@ -1,0 +1,83 @@
+"""The examination in a process of its own: a dead file system may hold that one for ever, and not the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from pathswitch.errors import PathSwitchError
+from pathswitch.launch.doctor.findings import Finding, problem
+
+CHUNK = 1 << 16
+
+
+def examine_apart(examination: Callable[[], list[Finding]], seconds: float) -> list[Finding]:
+    """Return the findings of an examination; a single one if a child process does not come to them in ``seconds``.
+
+    Raises:
+        PathSwitchError: the examination raises one.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _tell(examination, writer)
+    os.close(writer)
+    try:
+        told = _read(reader, time.monotonic() + seconds)
+    finally:
+        os.close(reader)
+        _leave(child)
+    if told is None:
+        todo = "ls the plan, the run folder and the hostfile: repair or leave the file system that hangs"
+        return [problem("examination", f"held up for more than {seconds:.0f} s", todo)]
+    if not told:
+        return [problem("examination", "ended by itself, without a result", "see the messages above, and report them")]
+    content = json.loads(told)
+    if "error" in content:
+        raise PathSwitchError(content["error"])
+    return [Finding(**finding) for finding in content["findings"]]
+
+
+def _tell(examination: Callable[[], list[Finding]], writer: int) -> None:
+    """Write the findings as JSON, and end this process without a look at anything else."""
+    try:
+        try:
+            content: dict[str, Any] = {"findings": [finding.as_json() for finding in examination()]}
+        except PathSwitchError as error:
+            content = {"error": str(error)}
+        with os.fdopen(writer, "w") as pipe:
+            json.dump(content, pipe)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(0)
+
+
+def _read(reader: int, deadline: float) -> bytes | None:
+    """Return all that comes until the other side closes the pipe; None where that is not before the deadline."""
+    content = b""
+    while select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        chunk = os.read(reader, CHUNK)
+        if not chunk:
+            return content
+        content += chunk
+    return None
+
+
+def _leave(child: int) -> None:
+    """End the child, but never wait for one that does not end."""
+    with suppress(ProcessLookupError, ChildProcessError):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, os.WNOHANG)
