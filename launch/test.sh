@@ -10,8 +10,22 @@ if [ "${1:-}" = --quick ]; then
 fi
 
 . "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+
+# The tests of jobs on several machines run real SLURM, sshd, pdsh and Open MPI on this one; where something is missing
+# they are skipped, and say what.
+install_launchers() {
+    local tool packages=()
+    for tool in slurmctld slurmd sbatch=slurm-client munged=munge sshd=openssh-server ssh=openssh-client pdsh \
+        mpirun=openmpi-bin ip=iproute2 shellcheck; do
+        PATH=$PATH:/usr/sbin:/sbin command -v "${tool%=*}" >/dev/null || packages+=("${tool#*=}")
+    done
+    [ ${#packages[@]} = 0 ] && return
+    (need_apt --no-install-recommends "${packages[@]}") || echo "skipping the tests that need ${packages[*]}"
+}
+
 # DeepSpeed compiles an extension when a process group starts, and that takes a compiler and Python's headers.
 command -v g++ >/dev/null || need_apt g++
+[ ${#marker[@]} -gt 0 ] || install_launchers
 make_venv test
 cd "$root"
 include=$(python -c 'import sysconfig; print(sysconfig.get_path("include"))')

@@ -11,11 +11,11 @@ fail() {
 # Install Debian packages where we may; say which ones are missing where we may not.
 need_apt() {
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        echo "installing $* with apt-get"
+        echo "apt-get install $*"
         { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$@"; } >/dev/null ||
             fail "apt-get install $* failed"
     else
-        fail "needs the packages $*: install them (apt-get install $*) and run this again"
+        fail "needs Debian packages: apt-get install $* (and run this again)"
     fi
 }
 
