@@ -21,6 +21,7 @@ from pathswitch.launch.doctor.findings import Finding, Subject, note, ok, proble
 from pathswitch.run_folder import PathFolder
 from pathswitch.versions import PARADIGMS
 
+MOUNTS = Path("/proc/self/mounts")
 HIDDEN = ".pathswitch-doctor-"
 FICLONE = 0x40049409  # linux/fs.h
 LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs", "ramfs"}
@@ -83,7 +84,7 @@ class Mount:
 def mount_of(folder: Path) -> Mount:
     """Return the mount that a folder is in."""
     resolved, found = folder.resolve(), Mount("/", "unknown", ())
-    for line in Path("/proc/self/mounts").read_text().splitlines():
+    for line in MOUNTS.read_text().splitlines():
         _, place, kind, options, *_ = line.split(" ")
         place = place.replace(r"\040", " ").replace(r"\011", "\t").replace(r"\134", "\\")
         # A later mount covers an earlier one at the same place.

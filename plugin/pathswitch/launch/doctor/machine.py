@@ -7,6 +7,7 @@ import resource
 import shlex
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from pathswitch.launch.doctor.findings import Finding, Subject, note, ok, problem, skipped
@@ -25,7 +26,7 @@ SHOWN = 5
 def check_builds(subject: Subject) -> Iterator[Finding]:
     """Look for locks of extension builds that nobody will ever release."""
     roots = extension_folders(subject.environ)
-    locks = sorted({lock for root in roots for pattern in ("*/lock", "*/*/lock") for lock in root.glob(pattern)})
+    locks = sorted({lock.resolve() for root in roots for pattern in ("*/lock", "*/*/lock") for lock in root.glob(pattern)})
     if not locks:
         yield ok("JIT locks", f"none in {', '.join(map(str, roots))}")
     holders = open_files({str(lock) for lock in locks})
@@ -59,20 +60,26 @@ def lock_finding(lock: Path, pid: int | None, now: float) -> Finding:
 def open_files(names: set[str]) -> dict[str, int]:
     """Return a process for each of the files that a process of this machine has open or mapped."""
     found: dict[str, int] = {}
-    for pid in (entry for entry in Path("/proc").iterdir() if names and entry.name.isdecimal()):
-        for place in ("fd", "map_files"):
-            try:
-                links = list(os.scandir(pid / place))
-            except OSError:  # it has ended, or is another user's
-                continue
-            for link in links:
-                try:
-                    target = os.readlink(link.path)
-                except OSError:
-                    continue
-                if target in names:
-                    found[target] = int(pid.name)
+    for process in (entry for entry in Path("/proc").iterdir() if names and entry.name.isdecimal()):
+        used = _opened(process) | _mapped(process)
+        found |= {name: int(process.name) for name in names & used}
     return found
+
+
+def _opened(process: Path) -> set[str]:
+    targets = set()
+    with suppress(OSError):  # it has ended, or is another user's
+        for link in os.scandir(process / "fd"):
+            with suppress(OSError):
+                targets.add(os.readlink(link.path))
+    return targets
+
+
+def _mapped(process: Path) -> set[str]:
+    with suppress(OSError):
+        lines = (process / "maps").read_text(errors="replace").splitlines()
+        return {fields[5] for line in lines if len(fields := line.split(maxsplit=5)) == 6}
+    return set()
 
 
 def check_limits(subject: Subject) -> Iterator[Finding]:
