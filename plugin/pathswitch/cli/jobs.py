@@ -22,6 +22,7 @@ from pathswitch.config import PlanFile
 from pathswitch.launch.cancel import cancel_jobs
 from pathswitch.launch.estimate import estimates, totals
 from pathswitch.launch.foreground import ForegroundJobs
+from pathswitch.launch.hostfile import HostfileLauncher
 from pathswitch.launch.paradigm import require_trainable
 from pathswitch.launch.render import job_files
 from pathswitch.launch.spec import JobSpec, job_specs
@@ -54,6 +55,9 @@ def submit_plan(
     specs = job_specs(plan_file, base, out, paradigm, ds_config)
     if any(spec.embedded for spec in specs):
         require_trainable(plan_file)
+    for spec in specs:
+        if spec.launch.kind == "hostfile":
+            HostfileLauncher(spec)  # raises where the hostfile does not have what the job needs
     on_slurm = plan_file.launch.kind == "slurm"
     steps = plan_submission(specs, on_slurm=on_slurm, look_only=True)
     if as_json:
@@ -77,7 +81,7 @@ def submit_plan(
 
 
 def _is_agreed(steps: Sequence[Step], yes: bool) -> bool:
-    new = sum(step.action.startswith("submit") for step in steps)
+    new = sum(step.action in ("submit", "hold") for step in steps)
     if yes or new == 0 or not sys.stdin.isatty():
         return True
     return typer.confirm(f"Submit {new} job{'s' if new > 1 else ''}?")
@@ -88,7 +92,7 @@ def _outcome(step: Step) -> str:
         return "trained to its end already"
     if step.action == "refused":
         return f"not submitted: {step.reason}"
-    said = {"queued": "is there already", "submit": "submitted", "submit held": "submitted, held"}[step.action]
+    said = {"queued": "is there already", "submit": "submitted", "hold": "submitted, held"}[step.action]
     return f"job {step.job_id} {said}" + (f" ({step.reason})" if step.reason else "")
 
 
@@ -147,7 +151,8 @@ def submission_table(plan_file: PlanFile, steps: Sequence[Step]) -> Group:
     content = submission_json(plan_file, steps)
     table = Table("path", "nodes x GPUs", "steps", "hours", "segments", "GPU-hours", "now", box=None, pad_edge=False)
     for job in content["jobs"]:
-        now = job["action"] + (f" {job['job']}" if job["job"] else "") + (f": {job['reason']}" if job["reason"] else "")
+        now = job["action"] + (f" as {job['job']}" if job["job"] else "")
+        now += f", {job['reason']}" if job["reason"] else ""
         table.add_row(
             job["path"],
             f"{job['nodes']} x {job['gpus_per_node']}",
@@ -186,27 +191,27 @@ def show_status(run: Path, *, watch: bool, as_json: bool) -> None:
             live.update(status_table(rows), refresh=True)
 
 
-def status_table(rows: Sequence[PathStatus]) -> Table:
-    """Return the table of a run's paths."""
-    names = ("path", "state", "job", "step", "LR", "tokens/s", "loss", "saved", "restarts", "left", "next fork", "why")
-    table = Table(*names, box=None, pad_edge=False)
-    for row in rows:
-        left = "" if row.eta_seconds is None else str(timedelta(seconds=round(row.eta_seconds)))
-        table.add_row(
-            row.path,
-            row.state,
-            row.job or "",
-            f"{row.step:,} of {row.end_step:,}",
-            f"{row.lr:.3e}",
-            _number(row.tokens_per_s, ",.0f"),
-            _number(row.loss, ".3f"),
-            _number(row.durable_step, ",d"),
-            str(row.restarts),
-            left,
-            row.next_fork or "",
-            Text(row.reason or "", overflow="fold"),
-        )
-    return table
+def status_table(rows: Sequence[PathStatus]) -> Group:
+    """Return the table of a run's paths, with the columns that have something to say, and the reasons below."""
+    columns: dict[str, list[str]] = {
+        "path": [row.path for row in rows],
+        "state": [row.state for row in rows],
+        "job": [row.job or "" for row in rows],
+        "step": [f"{row.step:,}/{row.end_step:,}" for row in rows],
+        "LR": [f"{row.lr:.2e}" for row in rows],
+        "loss": [_number(row.loss, ".3f") for row in rows],
+        "tokens/s": [_number(row.tokens_per_s, ",.0f") for row in rows],
+        "saved": [_number(row.durable_step, ",d") for row in rows],
+        "restarts": [str(row.restarts or "") for row in rows],
+        "left": ["" if row.eta_seconds is None else str(timedelta(seconds=round(row.eta_seconds))) for row in rows],
+        "next fork": [row.next_fork or "" for row in rows],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cell.strip("-") for cell in cells)}
+    table = Table(*shown, box=None, pad_edge=False)
+    for cells in zip(*shown.values(), strict=True):
+        table.add_row(*map(Text, cells))
+    reasons = [Text(f"{row.path}: {row.reason}") for row in rows if row.reason]
+    return Group(table, *reasons)
 
 
 def cancel_run(run: Path, path: str | None, *, now: bool) -> None:

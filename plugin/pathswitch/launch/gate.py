@@ -60,7 +60,7 @@ def open_gate(run: RunFolder, path: TrainingPath, key: bytes | None, attempt: st
     try:
         source = fork_source(run, path)
         if source is None:
-            return Gate("waiting", f"for {path.parent}@{path.start_step}")
+            return Gate("waiting", f"until {path.parent}@{path.start_step}")
         _fork(run, path, *source, key)
     except CheckpointError as error:
         journal.write("refused", attempt, path.start_step, str(error))

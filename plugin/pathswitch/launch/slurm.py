@@ -112,6 +112,13 @@ def signal_steps(job_id: str, name: str) -> None:
     _run(["scancel", f"--signal={name.removeprefix('SIG')}", job_id])
 
 
+def end_steps(job_id: str) -> None:
+    """End a job's steps; SIGKILL by scancel would end the whole job."""
+    for step in _run(["squeue", "--noheader", "--steps", f"--jobs={job_id}", "--format=%i"]).stdout.split():
+        if step.rpartition(".")[2].isdecimal():  # not the batch script, nor what a site has beside it
+            _run(["scancel", step])
+
+
 def host_names(node_list: str) -> list[str]:
     """Return the hosts of a list such as ``n[1-4]``."""
     return run("scontrol", "show", "hostnames", node_list).split()

@@ -55,8 +55,8 @@ class SlurmLauncher:
         return None
 
     def end(self) -> list[str]:
-        """End the job's steps."""
-        slurm.signal_steps(self._job_id, "SIGKILL")
+        """End the job's steps: they outlive an srun that was killed."""
+        slurm.end_steps(self._job_id)
         return []
 
     def _container(self) -> list[str]:

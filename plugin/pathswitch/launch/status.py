@@ -147,7 +147,9 @@ def _state(seen: _Seen, spec: JobSpec, events: list[Event]) -> tuple[str, str | 
     if last is None:
         waits = spec.start_step > 0 and durable_step(spec.files, spec.path) is None
         return ("waiting", None, _waits_for(spec)) if waits else ("not submitted", None, None)
-    ended = {"started": "lost", "submitted": "lost", "opened": "not submitted"}.get(last.event, last.event)
+    submitted = any(event.record.event == "submitted" for event in events)
+    unsaid = {"started": "lost", "submitted": "lost", "opened": "lost" if submitted else "not submitted"}
+    ended = unsaid.get(last.event, last.event)
     reason = "its job is gone, and has not said why; submit again" if ended == "lost" else last.reason
     return ended, None, reason
 

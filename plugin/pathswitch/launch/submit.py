@@ -23,7 +23,7 @@ from pathswitch.launch.render import job_comment, job_files
 from pathswitch.launch.spec import JobSpec, comment_prefix
 from pathswitch.run_folder import PLAN_FILE, RunFolder
 
-Action = Literal["done", "queued", "submit", "submit held", "refused"]
+Action = Literal["done", "queued", "submit", "hold", "refused"]
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,14 @@ def _step(spec: JobSpec, job: slurm.SlurmJob | None, look_only: bool) -> Step:
         return Step(spec, "queued", job.job_id, gate.reason)
     if gate.state == "refused":
         return Step(spec, "refused", reason=gate.reason)
-    return Step(spec, "submit" if gate.state == "open" else "submit held", reason=gate.reason)
+    return Step(spec, "submit" if gate.state == "open" else "hold", reason=gate.reason)
 
 
 def _gate(spec: JobSpec, look_only: bool) -> Gate:
     run = RunFolder(Path(spec.run))
     if spec.start_step == 0 or durable_step(spec.files, spec.path) is not None:
         return OPEN
-    waiting = Gate("waiting", f"for {spec.parent}@{spec.start_step}")
+    waiting = Gate("waiting", f"until {spec.parent}@{spec.start_step}")
     if look_only or not (run.out / PLAN_FILE).is_file():
         return waiting
     path = build_plan(run.plan_file()).path(spec.path, spec.paradigm)
@@ -112,13 +112,13 @@ def submit_all(steps: Sequence[Step]) -> Iterator[Step]:
     job_ids: dict[str, str] = {}
     for step in steps:
         spec = step.spec
-        if step.action in ("submit", "submit held"):
+        if step.action in ("submit", "hold"):
             _forget_cancellation(spec)
             after = None
             # A path that starts where its parent ends cannot start without it; a branch leaves before.
-            if step.action == "submit held" and spec.parent in job_ids and _starts_at_end(spec, steps):
+            if step.action == "hold" and spec.parent in job_ids and _starts_at_end(spec, steps):
                 after = f"afterok:{job_ids[spec.parent]}"
-            held = step.action == "submit held"
+            held = step.action == "hold"
             job_id = slurm.submit(spec.files.batch_script, job_comment(spec), held=held, after=after)
             Journal(Path(spec.run), spec.paradigm, spec.path).write("submitted", job_id)
             step = Step(spec, step.action, job_id, step.reason)
