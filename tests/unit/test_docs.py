@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -51,20 +52,26 @@ def test_readme_plans_are_valid() -> None:
         PlanFile.model_validate({**(content := tomllib.loads(plan)), "versions": tuple(content.get("versions", ()))})
 
 
-def test_readme_commands_exist() -> None:
+@cache
+def help_of(command: str) -> str:
+    line = [Path(sys.executable).with_name("pathswitch"), command, "--help"]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_commands_exist(document: Path) -> None:
     """Every `pathswitch` line names a command, and options that this command has."""
-    lines = [line for block in blocks(ROOT / "README.md", "console") for line in block.splitlines()]
+    lines = [line for block in blocks(document, "console") for line in block.splitlines()]
     commands = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines if line.startswith("$ ")]
-    assert any(words[0] == "pathswitch" for words in commands)
+    assert (
+        document.name != "README.md" or document.parent != ROOT or any(words[0] == "pathswitch" for words in commands)
+    )
     for words in commands:
         if words[0] == "pathswitch":
-            command = Path(sys.executable).with_name("pathswitch")
-            shown = subprocess.run([command, words[1], "--help"], capture_output=True, text=True, timeout=60)
-            assert shown.returncode == 0, words
             for option in (word for word in words[2:] if word.startswith("--")):
-                assert option in shown.stdout, f"{words[1]} has no {option}"
+                assert option in help_of(words[1]), f"{words[1]} has no {option}"
         elif words[0].startswith("./"):
-            assert (ROOT / words[0]).is_file(), words
+            assert (document.parent / words[0]).is_file(), words
 
 
 def test_the_two_quickstart_plans_differ_in_their_split_alone() -> None:

@@ -19,6 +19,7 @@ from rich.text import Text
 from pathswitch.cli.prepare import prepare_run
 from pathswitch.cli.run_checkpoints import say
 from pathswitch.config import PlanFile
+from pathswitch.errors import ConfigError, RunError, choices
 from pathswitch.launch.cancel import cancel_jobs
 from pathswitch.launch.estimate import estimates, totals
 from pathswitch.launch.foreground import ForegroundJobs
@@ -59,7 +60,13 @@ def submit_plan(
         if spec.launch.kind == "hostfile":
             HostfileLauncher(spec)  # raises where the hostfile does not have what the job needs
     on_slurm = plan_file.launch.kind == "slurm"
-    steps = plan_submission(specs, on_slurm=on_slurm, look_only=True)
+    try:
+        steps = plan_submission(specs, on_slurm=on_slurm, look_only=True)
+    except RunError as error:
+        if not dry_run:
+            raise
+        print(f"pathswitch: what waits or runs already is not shown: {error}", file=sys.stderr)
+        steps = plan_submission(specs, on_slurm=False, look_only=True)
     if as_json:
         texts = {str(path): text for spec in specs for path, text in job_files(spec, ds_config).items()}
         print(json.dumps({**submission_json(plan_file, steps), "files": texts}, indent=1))
@@ -218,8 +225,6 @@ def cancel_run(run: Path, path: str | None, *, now: bool) -> None:
     """End a run's jobs, or one path's; those that run save first."""
     specs = submitted_specs(run)
     if path is not None:
-        from pathswitch.errors import ConfigError, choices
-
         names = [spec.path for spec in specs]
         if path not in names:
             raise ConfigError("PATH", given=path, allowed=choices(names, path))

@@ -121,7 +121,12 @@ class Agent:
         self._journal.write("started", self._attempt, step)
         self._say(f"start {self._attempt} at step {step}")
         log_start = spec.files.log.stat().st_size if spec.files.log.is_file() else 0
-        ended, reason = self._train(step, log_start)
+        try:
+            ended, reason = self._train(step, log_start)
+        except RunError as error:  # it could not be started: a host does not answer
+            ended, reason = "failed", str(error)
+        except PathSwitchError as error:
+            return self._give_up(str(error), step)
         now = self._durable_step()
         if ended == "failed" and now == step and is_refusal(spec.files.log, log_start):
             return self._give_up(reason, now)
@@ -170,9 +175,12 @@ class Agent:
         """Run the ranks until they end; return how, and why."""
         spec = self.spec
         environment = {**job_environment(spec.gpus_per_node, os.environ), **spec.environment()}
-        launcher = launcher_of(spec, environment, self._slurm_job)
+        launcher = launcher_of(spec, self._slurm_job)
         spec.files.stop.unlink(missing_ok=True)
-        command = launcher.command(spec.command_from(step))
+        try:
+            command = launcher.command(spec.command_from(step))
+        except RunError as error:  # a host is not there
+            return ("stopped" if self._signals else "failed"), str(error)
         process = subprocess.Popen(
             command,
             cwd=spec.working_folder,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from pathswitch.errors import RunError
+from pathswitch.launch import job_processes
+from pathswitch.launch.local import GRACE_SECONDS
 from pathswitch.launch.spec import JobSpec
 
 
@@ -35,8 +37,10 @@ class LocalLauncher:
         self._spec = spec
 
     def command(self, training: Sequence[str]) -> list[str]:
-        """Return the launch line."""
+        """End what an earlier start has left, and return the launch line."""
         spec = self._spec
+        for line in self.end():
+            print(f"pathswitch: {spec.path}: before the start: {line}", flush=True)
         runner = [spec.python, "-m", "deepspeed.launcher.runner", "--num_gpus", str(spec.ranks)]
         return [*runner, "--master_port", str(spec.port), *module_or_script(training)]
 
@@ -52,16 +56,20 @@ class LocalLauncher:
         return None
 
     def end(self) -> list[str]:
-        """Do nothing: the agent ends the process group."""
-        return []
+        """End the ranks that outlived their launcher, or an agent that was killed."""
+        found, left = job_processes.end([self._spec.id], GRACE_SECONDS)
+        if not found:
+            return []
+        pids = ", ".join(str(process["pid"]) for process in found)
+        still = f"; still there: {', '.join(str(process['pid']) for process in left)}" if left else ""
+        return [f"processes that outlived the launcher, ended: {pids}{still}"]
 
 
-def launcher_of(spec: JobSpec, environment: Mapping[str, str], slurm_job: str | None) -> Launcher:
+def launcher_of(spec: JobSpec, slurm_job: str | None) -> Launcher:
     """Return what starts the ranks of a job.
 
     Args:
         spec: the job.
-        environment: the job's environment.
         slurm_job: the id of the SLURM job that this process runs in.
 
     Raises:
@@ -76,7 +84,7 @@ def launcher_of(spec: JobSpec, environment: Mapping[str, str], slurm_job: str | 
     if spec.launch.kind == "hostfile":
         from pathswitch.launch.hostfile import HostfileLauncher
 
-        return HostfileLauncher(spec, environment)
+        return HostfileLauncher(spec)
     return LocalLauncher(spec)
 
 

@@ -129,7 +129,7 @@ def job_files(spec: JobSpec, ds_config: Mapping[str, Any] | None = None) -> dict
         ConfigError: something in the plan cannot be written down so that it arrives as it is.
     """
     files, texts = spec.files, {}
-    texts[files.job] = spec.model_dump_json(indent=1) + "\n"
+    texts[files.job] = spec.model_dump_json(indent=1, exclude_defaults=True) + "\n"
     if spec.launch.kind == "slurm":
         texts[files.batch_script] = sbatch_script(spec)
     if ds_config is not None:

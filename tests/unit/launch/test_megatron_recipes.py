@@ -1,4 +1,4 @@
-"""The recipes of launch/megatron: real scripts, run with stand-ins for torchrun, srun and SLURM's commands."""
+"""The recipes of launch/megatron: real scripts, run with stand-ins for torchrun and deepspeed."""
 
 from __future__ import annotations
 
@@ -6,30 +6,23 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pathswitch.config import load_plan_file
 from pathswitch.launch.megatron import megatron_job
-from pathswitch.versions import MAIN
 
 RECIPES = Path(__file__).parents[3] / "launch" / "megatron"
-SCRIPTS = sorted(path.name for ending in ("*.sh", "*.sbatch") for path in RECIPES.glob(ending))
+SCRIPTS = sorted(path.name for path in RECIPES.glob("*.sh"))
 LAUNCHED = "launched.txt"
-# Stand-ins write down what they are called with, one argument per line; torchrun then runs the file $TRAIN.
+# Stand-ins write down what they are called with, one argument per line.
 CALLED = 'printf "%s\\n" "${0##*/}" "$@" "PLAN=$PATHSWITCH_PLAN" "PATH=$PATHSWITCH_PATH" >> "$LAUNCHED"'
 STAND_INS = {
-    "torchrun": f'{CALLED}; [ -z "$TRAIN" ] || bash "$TRAIN"',
+    "torchrun": CALLED,
     "deepspeed": CALLED,
-    "srun": 'shift; exec "$@"',
-    "scontrol": 'case $1 in show) printf "n1\\nn2\\n";; *) echo "scontrol $*" >> "$LAUNCHED";; esac',
-    "scancel": 'echo "scancel $*" >> "$LAUNCHED"; touch "$LAUNCHED.signal"',
     "pathswitch": 'case $1 in megatron-args) exec "$PATHSWITCH" "$@";; *) echo "pathswitch $*" >> "$LAUNCHED";; esac',
 }
 
@@ -51,23 +44,14 @@ class Site:
             "PATHSWITCH": str(Path(sys.executable).with_name("pathswitch")),
             "MEGATRON_PATH": "/opt/megatron lm",
             "LAUNCHED": str(self.launched),
-            "TRAIN": "",
-            **{"SLURM_JOB_ID": "41234", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"},
-            "SLURM_SUBMIT_DIR": str(self.recipes),
         }
-
-    def start(self, script: str, *arguments: str) -> subprocess.Popen[str]:
-        self.launched.unlink(missing_ok=True)
-        command = ["bash", str(self.recipes / script), *arguments]
-        return subprocess.Popen(
-            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
 
     def run(self, script: str, *arguments: str) -> tuple[int, str]:
         """Return the exit code and what the script said on stderr."""
-        with self.start(script, *arguments) as process:
-            _, error = process.communicate(timeout=60)
-        return process.returncode, error
+        self.launched.unlink(missing_ok=True)
+        command = ["bash", str(self.recipes / script), *arguments]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stderr
 
     def calls(self) -> list[str]:
         return self.launched.read_text().splitlines() if self.launched.exists() else []
@@ -77,13 +61,6 @@ class Site:
         tracker.parent.mkdir(parents=True, exist_ok=True)
         tracker.write_text(str(step))
         return tracker
-
-    def train_to(self, path: str, step: int, after: str = "true") -> None:
-        """Let torchrun train to a step, once the commands ``after`` are through."""
-        tracker = self.trained(path, 0)
-        train = tracker.with_name("train")
-        train.write_text(f"{after}\nprintf {step} > '{tracker}'\n")
-        self.environment["TRAIN"] = str(train)
 
     def arguments(self, path: str, version: str | None = None, folder: str = ".") -> list[str]:
         plan = (self.recipes / folder / "plan.toml").resolve()
@@ -145,39 +122,6 @@ def test_a_job_that_the_plan_does_not_have_starts_nothing(site: Site) -> None:
     assert site.calls() == []
 
 
-@pytest.mark.parametrize(("script", "path"), [("main.sbatch", "main"), ("branch.sbatch", "v1")])
-def test_a_slurm_job_meets_on_its_first_node_and_ends_when_it_is_done(site: Site, script: str, path: str) -> None:
-    site.train_to(path, 50_000)
-    assert site.run(script, "v1") == (0, "")
-    calls = site.calls()
-    if path != "main":
-        assert calls.pop(0).startswith("pathswitch fork")
-    start = "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-id 41234 --rdzv-endpoint n1:21234"
-    assert calls[:12] == [*start.split(), "/opt/megatron lm/pretrain_gpt.py"]
-    expected = [*site.arguments(path, "v1" if path == "main" else None), "--exit-signal-handler"]
-    plan = f"PLAN={site.recipes / 'plan.toml'}"
-    assert calls[-len(expected) - 4 :] == [*expected, "--exit-signal", "SIGUSR2", plan, f"PATH={path}"]
-
-
-def test_a_slurm_job_whose_time_is_up_saves_and_is_requeued(site: Site) -> None:
-    site.train_to("main", 30_000, after=f'while [ ! -e "{site.launched}.signal" ]; do sleep 0.05; done')
-    with site.start("main.sbatch", "v1") as job:
-        wait_for(lambda: f"PATH={MAIN}" in site.calls())
-        job.send_signal(signal.SIGUSR2)
-        _, error = job.communicate(timeout=60)
-    assert (job.returncode, error) == (0, "")
-    assert site.calls()[-2:] == ["scancel --signal=USR2 41234", "scontrol requeue 41234"]
-
-
-@pytest.mark.parametrize("code", [0, 7])
-def test_a_slurm_job_that_ends_too_early_has_failed(site: Site, code: int) -> None:
-    site.train_to("main", 30_000, after=f"exit {code}")
-    site.trained("main", 20_000)
-    found, error = site.run("main.sbatch", "v1")
-    assert (found, error) == (1, f"Megatron ended at step 20000 of 50000 with code {code}\n")
-    assert not any("requeue" in call for call in site.calls())
-
-
 @pytest.mark.parametrize("words", [["main", "v1"], ["v1"]])
 def test_megatron_deepspeed_gets_one_dataset_for_all_jobs(site: Site, words: list[str]) -> None:
     assert site.run("megatron_deepspeed.sh", *words) == (0, "")
@@ -196,11 +140,3 @@ def test_the_readme_names_every_recipe() -> None:
         assert f"({name})" in readme
     for link in re.findall(r"\]\(([^)#]+)\)", readme):
         assert link.startswith("http") or (RECIPES / link).exists(), link
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    for _ in range(600):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError("nothing has happened in 30 s")
