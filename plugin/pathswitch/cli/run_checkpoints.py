@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from pathswitch.checkpoint.fork import CompareMode
 from pathswitch.errors import ConfigError
+from pathswitch.launch.agent_lock import holder
 from pathswitch.run_folder import PathFolder
 from pathswitch.versions import PARADIGMS
 from pathswitch.versions.ledger import run_ledger
@@ -48,8 +49,11 @@ def recorded_checkpoints(run: Path, records: list[Record]) -> dict[Path, set[str
 def path_lock(files: PathFolder, *, shared: bool) -> Iterator[bool | None]:
     """Hold the lock of a path's training job: True if it is held now, False if a job holds it, None without a lock.
 
-    Only the embedded trainer makes the file. Jobs of a user's own script train without, so that None says nothing.
+    Jobs of a user's own script train without a lock, unless `pathswitch submit` has started them: None says nothing.
     """
+    if holder(files) is not None:
+        yield False
+        return
     try:
         file = (files.folder / "lock").open("rb")
     except FileNotFoundError:
