@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pathswitch.config import PlanFile
+from pathswitch.launch.spec import job_specs
 
 ROOT = Path(__file__).parents[2]
 PATTERNS = (
@@ -46,10 +47,10 @@ def test_readme_python_runs() -> None:
 
 
 def test_readme_plans_are_valid() -> None:
-    plans = blocks(ROOT / "README.md", "toml")
-    assert plans
-    for plan in plans:
-        PlanFile.model_validate({**(content := tomllib.loads(plan)), "versions": tuple(content.get("versions", ()))})
+    plan, *sections = map(tomllib.loads, blocks(ROOT / "README.md", "toml"))
+    for content in (plan, *(plan | section for section in sections)):
+        plan_file = PlanFile.model_validate({**content, "versions": tuple(content.get("versions", ()))})
+        assert job_specs(plan_file, ROOT, ROOT / "runs")
 
 
 @cache
