@@ -138,6 +138,7 @@ class Server:
             "hostname": socket.gethostname(),
             "addresses": addresses(socket.gethostname()),
             "interfaces": interfaces(),
+            "has_gpu": os.path.exists("/dev/nvidia0"),
             "has_folder": os.path.isdir(folder),
         }
 

@@ -17,10 +17,11 @@ from typing import Any
 from pathswitch.errors import ConfigError
 from pathswitch.launch.deepspeed_env import DEFAULT_NAME, user_lines
 from pathswitch.launch.doctor import facts
-from pathswitch.launch.doctor.findings import Finding, Subject, ok, problem, skipped
+from pathswitch.launch.doctor.findings import Finding, Subject, note, ok, problem, skipped
 from pathswitch.launch.doctor.folders import nearest, scratch
 from pathswitch.launch.doctor.network import interface_errors, master_ports
 from pathswitch.launch.doctor.programs import end, in_parallel
+from pathswitch.launch.hosts import SSH_FAILED
 
 CONNECT_SECONDS = 8
 HOST_SECONDS = 18.0
@@ -55,7 +56,7 @@ class Conversation:
             stdout=subprocess.PIPE,
             stderr=self._errors,
         )
-        self._expired = False
+        self._python, self._expired = subject.python, False
         self._timer = threading.Timer(min(HOST_SECONDS, subject.programs.remaining()), self._expire)
         self._timer.daemon = True
         self._timer.start()
@@ -105,7 +106,9 @@ class Conversation:
             return f"no answer within {HOST_SECONDS:.0f} s"
         self._errors.seek(0)
         lines = [line.strip() for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else f"ssh ended with exit code {self._process.returncode}"
+        code = self._process.returncode
+        reason = lines[-1] if lines else f"exit code {code}"
+        return reason if code == SSH_FAILED else f"cannot run {self._python}: {reason}"
 
 
 @dataclass
@@ -247,7 +250,7 @@ def judged(subject: Subject, hosts: list[Answers]) -> Iterator[Finding]:
     """Report the hosts that are as they should be in one finding, and each trouble of the others in one of its own."""
     reference = facts.versions(list(PACKAGES)) | {"code": facts.code_digest()}
     findings = {host.name: list(troubles(subject, host, reference)) for host in hosts}
-    well = [host for host in hosts if not findings[host.name]]
+    well = [host for host in hosts if all(finding.status == "note" for finding in findings[host.name])]
     if well:
         ahead = max((host.ahead_seconds for host in well), key=abs)
         error = max(host.error_seconds for host in well)
@@ -278,7 +281,7 @@ def troubles(subject: Subject, host: Answers, reference: dict[str, Any]) -> Iter
 
 def _advice(subject: Subject, host: Answers) -> str:
     """Return what to do about a host that does not answer."""
-    if subject.python in host.silence and "o such file" in host.silence:
+    if host.silence.startswith(f"cannot run {subject.python}"):
         return f"install the environment of {subject.python} at the same place on {host.name}, or share its disk"
     advice = next((todo for words, todo in SSH_ADVICE.items() if words in host.silence), UNREACHABLE)
     return advice.format(host=host.name)
@@ -303,10 +306,13 @@ def software_troubles(subject: Subject, host: Answers, reference: dict[str, Any]
 
 def network_troubles(subject: Subject, host: Answers) -> Iterator[Finding]:
     """Report what keeps a host's ranks from finding the others."""
-    name, own, addresses = f"host {host.name}", host.machine["hostname"], host.machine["addresses"]
-    if len(subject.hosts) > 1 and all(facts.is_loopback(address) for address in addresses):
-        todo = f"in /etc/hosts there, the line `<address in the network> {own}` in place of any 127.* one"
-        yield problem(name, f"its own name, {own}, has no address that others can reach", todo)
+    name, own = f"host {host.name}", host.machine["hostname"]
+    lonely = all(facts.is_loopback(address) for address in host.machine["addresses"])
+    if len(subject.hosts) > 1 and lonely and not subject.environ.get("GLOO_SOCKET_IFNAME"):
+        found = f"its own name, {own}, has no address that others can reach: its ranks' gloo would offer that one"
+        todo = f"in /etc/hosts there, `<address> {own}` in place of 127.*; or export GLOO_SOCKET_IFNAME=<interface>"
+        # NCCL looks at interfaces, and not at the name.
+        yield note(name, found, todo) if host.machine["has_gpu"] else problem(name, found, todo)
     if host.unconnected is not None:
         todo = "open TCP ports between the hosts: iptables -L -n, ufw status; or MASTER_ADDR=<an address they reach>"
         yield problem(name, host.unconnected, todo)

@@ -26,7 +26,9 @@ SHOWN = 5
 def check_builds(subject: Subject) -> Iterator[Finding]:
     """Look for locks of extension builds that nobody will ever release."""
     roots = extension_folders(subject.environ)
-    locks = sorted({lock.resolve() for root in roots for pattern in ("*/lock", "*/*/lock") for lock in root.glob(pattern)})
+    locks = sorted(
+        {lock.resolve() for root in roots for pattern in ("*/lock", "*/*/lock") for lock in root.glob(pattern)}
+    )
     if not locks:
         yield ok("JIT locks", f"none in {', '.join(map(str, roots))}")
     holders = open_files({str(lock) for lock in locks})

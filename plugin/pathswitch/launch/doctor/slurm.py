@@ -32,9 +32,10 @@ def check(subject: Subject) -> Iterator[Finding]:
         yield problem("SLURM commands", f"not on PATH: {', '.join(missing)}", todo)
     else:
         ping = subject.programs.run(["scontrol", "ping"], timeout=ANSWER_SECONDS)
-        said = "no answer" if ping.code is None else ping.last_line
-        if ping.code == 0 and " UP" in ping.stdout:
-            yield from controller(subject, ping.stdout.strip().splitlines()[0])
+        lines = [line for line in ping.stdout.splitlines() if line.startswith("Slurmctld")]
+        said = "no answer" if ping.code is None else "; ".join(lines) or ping.last_line
+        if any(line.endswith(" UP") for line in lines):  # a backup's is enough
+            yield from controller(subject, said)
         elif needed:
             todo = "scontrol ping   # is slurmctld running, and SLURM_CONF the right file?"
             yield problem("SLURM controller", said, todo)
