@@ -97,7 +97,7 @@ def fork_branch(
         if held is False:
             raise RunError(f"{folder.path(branch).folder}: a job is training {to!r}; fork it before it is trained")
         fork = _fork(found, target, manifest, branch, policy, key, mode)
-    record_fork(folder, branch, fork, manifest)
+    record_fork(folder, branch, fork.folder, fork.manifest)
     how = f"forked by {fork.method}" if fork.created else "forked already"
     say(console, f"{to}: {how}: {fork.folder}")
 

@@ -20,6 +20,7 @@ LAUNCHERS: dict[Kind, tuple[Launcher, ...]] = {
 # Options of sbatch that pathswitch decides, by the key that decides them ("" where none does).
 SBATCH_KEYS = {
     "nodes": "nodes",
+    "ntasks": "gpus_per_node",
     "ntasks-per-node": "gpus_per_node",
     "gpus-per-node": "gpus_per_node",
     "gres": "gres",
@@ -31,6 +32,7 @@ SBATCH_KEYS = {
     "signal": "signal, signal_seconds",
     **dict.fromkeys(("job-name", "comment", "output", "error", "open-mode", "chdir", "requeue", "no-requeue"), ""),
     **dict.fromkeys(("dependency", "hold", "kill-on-invalid-dep", "array", "wait", "wrap", "parsable"), ""),
+    **dict.fromkeys(("clusters", "test-only", "help", "usage", "version"), ""),
 }
 _TIME = re.compile(r"(?:(\d+)-)?(\d{1,4}):([0-5]\d):([0-5]\d)")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -135,13 +137,13 @@ class LaunchSection(JobSection):
     kind: Kind = "local"
     launcher: Launcher | None = None
     launcher_args: Lines = ()
-    """More arguments of pdsh, mpirun, srun or torchrun."""
+    """More arguments of the launcher, in words as a shell splits them."""
     command: Annotated[tuple[Text, ...], BeforeValidator(as_tuple)] = ()
     """What follows ``python``: the training script and its arguments; without it, the embedded trainer."""
     ds_config: Line | None = None
     """A ds_config; each path gets it with its own scheduler and job section, as ``{ds_config}`` in the command."""
     python: Line | None = None
-    """The interpreter of the ranks; the one that submits if absent."""
+    """The interpreter of the ranks; if absent, the one that submits, or ``python`` in a container."""
     hostfile: Line | None = None
     host_timeout_seconds: Seconds = 60.0
     signal: StopSignal = "SIGUSR2"

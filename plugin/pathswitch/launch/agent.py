@@ -38,10 +38,13 @@ from pathswitch.run_folder import RunFolder
 POLL_SECONDS = 0.5
 ASK_AGAIN_SECONDS = 10.0
 REQUEUE_SECONDS = 120.0
+# Of the time between a job's signal and its end: for the ranks to save, and to open gates before it is requeued.
+SAVE_SHARE, GATE_SHARE = 0.8, 0.1
 CANCELLED = "cancelled"
 COMPLETED, GAVE_UP, ASKED = 0, 1, 3
 
-Ended = Literal["completed", "stopped", "cancelled", "failed"]
+# unsaved: asked, and not saved in time.
+Ended = Literal["completed", "stopped", "unsaved", "cancelled", "failed"]
 
 
 @dataclass
@@ -77,15 +80,20 @@ class Agent:
         for name in {"SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", self.spec.launch.signal}:
             signal.signal(signal.Signals[name], self._note)
         with only_agent(self.spec.files):
-            while not self._is_complete():
+            while not self._is_done():
                 code = self._start()
                 if code is not None:
                     return code
-                self.spec = load_spec(self._job_file)  # a version may have been added meanwhile
-            self._gates.finish()
             self._journal.write("completed", self._attempt, self.spec.end_step)
             self._say(f"trained to its end, step {self.spec.end_step}")
             return COMPLETED
+
+    def _is_done(self) -> bool:
+        """Return whether the path is trained to its end, with all gates open that this opens."""
+        if self._is_complete():
+            self._gates.finish()
+        self.spec = load_spec(self._job_file)  # a version may have been added meanwhile
+        return self._is_complete()
 
     def _durable_step(self) -> int:
         return durable_step(self.spec.files, self.spec.path) or 0
@@ -108,8 +116,9 @@ class Agent:
     def _start(self) -> int | None:
         """Start the ranks once and see them end; return the agent's exit code, None to look again."""
         spec = self.spec
-        if _is_cancelled(spec):
-            return self._end_asked("cancelled", self._stop_reason(), 0)
+        if is_cancelled(spec):
+            return self._end_asked("cancelled", self._stop_reason(), self._durable_step())
+        spec.files.stop.unlink(missing_ok=True)
         path = build_plan(self._run.plan_file()).path(spec.path, spec.paradigm)
         gate = open_gate(self._run, path, read_key(spec.signing_key_file), self._attempt)
         if gate.state != "open":
@@ -139,10 +148,11 @@ class Agent:
         return self._end_asked(ended, reason, now)
 
     def _end_asked(self, ended: Ended, reason: str, step: int) -> int | None:
-        self._journal.write(ended, self._attempt, step, reason)
+        # It counts as a failure: a limit that is too short for a save would be met again and again.
+        self._journal.write("failed" if ended == "unsaved" else ended, self._attempt, step, reason)
         self._say(f"{ended} at step {step}: {reason}")
         # SLURM itself requeues a job that it preempts.
-        if ended == "stopped" and self._slurm_job and self._signals[:1] != ["SIGTERM"]:
+        if ended in ("stopped", "unsaved") and self._slurm_job and self._signals[:1] != ["SIGTERM"]:
             return self._again()
         return ASKED
 
@@ -152,7 +162,7 @@ class Agent:
             self._starts += 1
             self._gates = GateKeeper(self.spec, self._attempt)
             return None
-        self._gates.finish()
+        self._gates.finish(GATE_SHARE * self.spec.launch.signal_seconds)  # what is not open then, the next start opens
         try:
             slurm.requeue(self._slurm_job)
         except RunError as error:
@@ -176,7 +186,6 @@ class Agent:
         spec = self.spec
         environment = {**job_environment(spec.gpus_per_node, os.environ), **spec.environment()}
         launcher = launcher_of(spec, self._slurm_job)
-        spec.files.stop.unlink(missing_ok=True)
         try:
             command = launcher.command(spec.command_from(step))
         except RunError as error:  # a host is not there
@@ -202,7 +211,7 @@ class Agent:
             end_group(process, 0 if failure else None)
             for line in launcher.end():
                 self._say(line)
-        cancelled = _is_cancelled(spec)
+        cancelled = is_cancelled(spec)
         if not cancelled:
             spec.files.stop.unlink(missing_ok=True)
         return self._how_it_ended(process.returncode, request, failure, cancelled, step, log_start)
@@ -220,7 +229,8 @@ class Agent:
             return "completed", ""
         if request is not None:
             reason = request.reason + (f"; {failure}" if failure else "")
-            return ("cancelled" if cancelled else "stopped"), reason
+            unsaved = failure is not None and self._slurm_job is not None
+            return ("cancelled" if cancelled else "unsaved" if unsaved else "stopped"), reason
         if failure is not None:
             return "failed", failure
         if code == 0 and self._durable_step() > step:
@@ -235,10 +245,10 @@ class Agent:
             name = self._signals[0]
             near = name == spec.launch.signal and self._slurm_job is not None
             reason = f"{name}: the time is nearly up" if near else f"{name} received"
-            patience = 0.8 * spec.launch.signal_seconds
+            patience = SAVE_SHARE * spec.launch.signal_seconds
             write_text_atomic(spec.files.stop, reason + "\n")
             return _Request(reason, now + patience)
-        if request is None and _is_cancelled(spec):
+        if request is None and is_cancelled(spec):
             return _Request(self._stop_reason(), now + spec.launch.signal_seconds)
         if request is not None and self._slurm_job is None and len(self._signals) > 1:
             request.deadline = now  # asked twice: at once
@@ -269,7 +279,7 @@ def _wait(process: subprocess.Popen[bytes]) -> None:
         return
 
 
-def _is_cancelled(spec: JobSpec) -> bool:
+def is_cancelled(spec: JobSpec) -> bool:
     """Return whether `pathswitch cancel` has asked the job to end."""
     try:
         return spec.files.stop.read_text().startswith(CANCELLED)

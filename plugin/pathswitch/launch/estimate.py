@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from pathswitch.config import PlanFile, build_plan
 from pathswitch.config.launch import time_seconds
@@ -13,6 +14,7 @@ from pathswitch.launch.spec import JobSpec
 from pathswitch.run_folder import PathFolder
 
 RECENT_STEPS = 50
+TAIL_BYTES = 1 << 14  # more than as many lines of metrics
 
 
 @dataclass(frozen=True)
@@ -34,16 +36,29 @@ class Totals:
     cpt: float
 
 
+def newest_updates(files: PathFolder) -> list[dict[str, Any]]:
+    """Return the last updates that a path has written down, the oldest first, with ``step`` as updates done."""
+    if files.metrics.is_file():
+        with files.metrics.open("rb") as file:
+            file.seek(max(0, files.metrics.stat().st_size - TAIL_BYTES))
+            lines = [line for line in file.read().splitlines() if line.startswith(b"{") and line.endswith(b"}")]
+        if lines:
+            records = [json.loads(line) for line in lines[-RECENT_STEPS:]]
+            return [record | {"step": record["step"] + 1} for record in records]
+    if files.progress.is_file():
+        progress: dict[str, Any] = json.loads(files.progress.read_text())
+        return [progress | {"seconds": progress["seconds_per_step"]}]
+    return []
+
+
 def measured_seconds_per_step(files: PathFolder) -> float | None:
     """Return the median of a path's last steps, None where none has been measured."""
-    if files.metrics.is_file():
-        lines = files.metrics.read_text().splitlines()[-RECENT_STEPS:]
-        times = [float(json.loads(line)["seconds"]) for line in lines if line.endswith("}")]
-        if times:
-            return median(times)
-    if files.progress.is_file():
-        return float(json.loads(files.progress.read_text())["seconds_per_step"])
-    return None
+    return median_seconds(newest_updates(files))
+
+
+def median_seconds(updates: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the median time of some updates, None if there are none."""
+    return median(float(update["seconds"]) for update in updates) if updates else None
 
 
 def seconds_per_step(specs: Sequence[JobSpec], given: float | None) -> dict[str, float]:

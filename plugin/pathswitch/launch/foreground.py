@@ -14,9 +14,11 @@ from types import FrameType
 
 from pathswitch.errors import RunError
 from pathswitch.launch.agent import ASKED, COMPLETED
+from pathswitch.launch.agent_lock import holder
 from pathswitch.launch.failure import failure_reason
 from pathswitch.launch.gate import durable_step
 from pathswitch.launch.spec import JobSpec
+from pathswitch.launch.submit import forget_cancellation, gate_of
 
 POLL_SECONDS = 0.5
 
@@ -38,6 +40,10 @@ class ForegroundJobs:
             RunError: jobs have failed; the others have been seen to their ends.
             KeyboardInterrupt: this process was asked to end, and its jobs have saved and ended.
         """
+        for spec in self._waiting:
+            gate_of(spec)  # where the parent has ended, no agent of it opens the gate
+            if holder(spec.files) is None:
+                forget_cancellation(spec)
         with self._forwarded_signals():
             while self._waiting or self._running:
                 self._start_due()
@@ -51,9 +57,7 @@ class ForegroundJobs:
             raise KeyboardInterrupt
         if self._failed or self._waiting:
             lines = [f"{path}: {reason}" for path, reason in self._failed.items()]
-            lines += [
-                f"{spec.path}: was not started: {spec.parent}@{spec.start_step} is missing" for spec in self._waiting
-            ]
+            lines += [f"{spec.path}: was not started: {_why_not(spec)}" for spec in self._waiting]
             raise RunError("not all paths are trained:\n  " + "\n  ".join(lines))
 
     def _start_due(self) -> None:
@@ -91,12 +95,17 @@ class ForegroundJobs:
                 signal.signal(signum, handler)
 
 
+def _why_not(spec: JobSpec) -> str:
+    gate = gate_of(spec)
+    return str(gate.reason) if gate.state == "refused" else f"there is no {spec.parent}@{spec.start_step}"
+
+
 def _start_agent(spec: JobSpec) -> tuple[subprocess.Popen[bytes], int]:
     """Start the agent of a job, and return it with the length that its log has now."""
     log: Path = spec.files.log
     with log.open("ab") as output:
         start = output.tell()
-        command = [sys.executable, "-u", "-m", "pathswitch.launch.agent", str(spec.files.job)]
+        command = [sys.executable, "-P", "-u", "-m", "pathswitch.launch.agent", str(spec.files.job)]
         # A session of its own: Ctrl-C on the terminal is for this process, which hands it on.
         agent = subprocess.Popen(
             command,

@@ -6,12 +6,14 @@ command is the same at its first start and at every later one, and its parent ma
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from pathswitch.checkpoint import Manifest, Policy, committed_checkpoints, iteration_folder, read_manifest
-from pathswitch.checkpoint.fork import Fork, fork_checkpoint
+from pathswitch.checkpoint import MANIFEST_FILE, Manifest, Policy, iteration_folder, layout_of, read_manifest
+from pathswitch.checkpoint.fork import fork_checkpoint
 from pathswitch.config import build_plan
 from pathswitch.errors import CheckpointError
 from pathswitch.launch.journal import Journal
@@ -34,6 +36,35 @@ class Gate:
 OPEN = Gate("open")
 
 
+@dataclass(frozen=True)
+class _Head:
+    """What of a manifest is asked for again and again: that of a thousand nodes has a line for each rank's shards."""
+
+    folder: Path
+    paradigm: str
+    path: str
+    step: int
+    is_fork: bool
+
+
+def _heads(checkpoints: Path) -> Iterator[_Head]:
+    """Yield the readable committed checkpoints of a folder; a manifest that has not changed is not read again."""
+    for folder in checkpoints.iterdir() if checkpoints.is_dir() else ():
+        if folder.name.startswith("."):
+            continue
+        try:
+            status = (folder / MANIFEST_FILE).stat()
+            yield _head(folder, (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size))
+        except (OSError, CheckpointError):
+            continue
+
+
+@lru_cache(maxsize=10_000)
+def _head(folder: Path, stamp: tuple[int, ...]) -> _Head:
+    manifest = read_manifest(folder)
+    return _Head(folder, manifest.paradigm, manifest.path, manifest.step, manifest.forked_from is not None)
+
+
 def is_open(run: RunFolder, path: TrainingPath) -> bool:
     """Return whether a path starts from scratch, or has a checkpoint of its own to go on from."""
     return path.start_step == 0 or durable_step(run.path(path), path.name) is not None
@@ -41,8 +72,7 @@ def is_open(run: RunFolder, path: TrainingPath) -> bool:
 
 def durable_step(files: PathFolder, path: str) -> int | None:
     """Return the updates behind a path's newest committed checkpoint, None where it has none."""
-    committed = committed_checkpoints(files.checkpoints)
-    return max((manifest.step for _, manifest in committed if manifest.path == path), default=None)
+    return max((head.step for head in _heads(files.checkpoints) if head.path == path), default=None)
 
 
 def open_gate(run: RunFolder, path: TrainingPath, key: bytes | None, attempt: str) -> Gate:
@@ -55,6 +85,7 @@ def open_gate(run: RunFolder, path: TrainingPath, key: bytes | None, attempt: st
         attempt: who asks, for the record.
     """
     if is_open(run, path):
+        _finish_fork(run, path)
         return OPEN
     journal = Journal(run.out, path.paradigm, path.name)
     try:
@@ -76,12 +107,15 @@ def fork_source(run: RunFolder, path: TrainingPath) -> tuple[Path, Manifest] | N
         CheckpointError: a folder of its name is there, but what it holds is not a committed checkpoint of the parent.
     """
     checkpoints, step = run.parent(path).checkpoints, path.start_step
-    for folder, manifest in committed_checkpoints(checkpoints):
-        if (manifest.paradigm, manifest.path, manifest.step) == (path.paradigm, path.parent, step):
-            return folder, manifest
+    for head in _heads(checkpoints):
+        if (head.paradigm, head.path, head.step) == (path.paradigm, path.parent, step):
+            return head.folder, read_manifest(head.folder)
     for folder in (checkpoints / tag(step), checkpoints / iteration_folder(step)):
-        if folder.is_dir():
-            manifest = read_manifest(folder)  # raises if it is damaged
+        if not folder.is_dir():
+            continue
+        manifest = read_manifest(folder)  # raises if it is damaged
+        # With skipped updates, DeepSpeed's count of steps, which names its folders, is ahead of the scheduler's.
+        if (manifest.paradigm, manifest.path) != (path.paradigm, path.parent):
             is_of = f"of {manifest.path} ({manifest.paradigm}) at step {manifest.step}"
             raise CheckpointError(f"{folder}: {is_of}; allowed: of {path.parent} ({path.paradigm}) at step {step}")
     return None
@@ -93,19 +127,29 @@ def _fork(run: RunFolder, path: TrainingPath, source: Path, manifest: Manifest, 
         raise CheckpointError(f"{source}: trained by another schedule than the plan's {parent.name!r}")
     target = run.path(path).checkpoints / source.name
     fork = fork_checkpoint(source, target, policy=Policy(), paradigm=path.paradigm, path=path.name, key=key)
-    record_fork(run, path, fork, manifest)
+    record_fork(run, path, fork.folder, fork.manifest)
 
 
-def record_fork(run: RunFolder, path: TrainingPath, fork: Fork, parent: Manifest) -> None:
-    """Append a fork of the checkpoint with the manifest ``parent`` to the run's ledger: one and the same record."""
+def _finish_fork(run: RunFolder, path: TrainingPath) -> None:
+    """Do what a fork still has to do where it was killed when its folder was whole already."""
+    own = list(_heads(run.path(path).checkpoints))
+    if len(own) == 1 and own[0].is_fork:
+        folder, manifest = own[0].folder, read_manifest(own[0].folder)
+        if (layout := layout_of(manifest)).latest(folder.parent) is None:
+            layout.write_latest(folder.parent, folder.name)
+        record_fork(run, path, folder, manifest)
+
+
+def record_fork(run: RunFolder, path: TrainingPath, folder: Path, manifest: Manifest) -> None:
+    """Append a fork, with its folder and its manifest, to the run's ledger: one and the same record every time."""
     record = BranchRecord(
-        manifest=fork.manifest.digest,
-        folder=folder_name(fork.folder, run.out),
+        manifest=manifest.digest,
+        folder=folder_name(folder, run.out),
         paradigm=path.paradigm,
         path=path.name,
         parent_path=str(path.parent),
         fork_step=path.start_step,
-        parent=parent.digest,
-        policy=fork.manifest.policy.changes(),
+        parent=str(manifest.forked_from),
+        policy=manifest.policy.changes(),
     )
     run_ledger(run.out).append(record)

@@ -38,11 +38,15 @@ class GateKeeper:
             self._thread = threading.Thread(target=self._open_all, daemon=True)
             self._thread.start()
 
-    def finish(self) -> None:
-        """Open what is due now, and return when that is done."""
+    def finish(self, patience_seconds: float | None = None) -> None:
+        """Open what is due now, and return when that is done, or when the patience is at its end."""
         if self._thread is not None:
-            self._thread.join()
-        self._open_all()
+            self._thread.join(patience_seconds)
+            if self._thread.is_alive():
+                return
+        self._thread = threading.Thread(target=self._open_all, daemon=True)
+        self._thread.start()
+        self._thread.join(patience_seconds)
 
     def children(self) -> list[TrainingPath]:
         """Return the paths that start from this one."""
@@ -67,21 +71,22 @@ class GateKeeper:
             if opened and self._spec.launch.kind == "slurm":
                 release(self._spec, [path.name for path in opened])
             self._released |= {path.name for path in opened}
-        except PathSwitchError as error:
+        except (PathSwitchError, OSError) as error:
             print(f"pathswitch: branches are not started: {error}", flush=True)
             self._seen = None  # look again
 
     def _open(self, path: TrainingPath) -> bool:
-        if is_open(self._run, path):
-            return True
+        was_open = is_open(self._run, path)
         try:
-            source = fork_source(self._run, path)
+            source = None if was_open else fork_source(self._run, path)
         except PathSwitchError:
             source = None
         digest = "" if source is None else source[1].digest
         if self._refused.get(path.name) == digest != "":
             return False
         gate = open_gate(self._run, path, self._key, self._attempt)
+        if was_open:
+            return True
         if gate.state == "refused":
             self._refused[path.name] = digest
         if gate.state != "waiting":
@@ -96,6 +101,8 @@ def release(spec: JobSpec, names: list[str]) -> None:
     for name in names:
         job = live.get(comment_prefix(spec.run, spec.paradigm) + name)
         if job is not None and job.is_held:
+            # A branch of the main path's end depends on its success; with one more version, that end has moved on.
+            slurm.clear_dependency(job.job_id)
             slurm.release(job.job_id)
             print(f"pathswitch: released {name}, job {job.job_id}", flush=True)
 

@@ -8,7 +8,7 @@ from typing import Protocol
 from pathswitch.errors import RunError
 from pathswitch.launch import job_processes
 from pathswitch.launch.local import GRACE_SECONDS
-from pathswitch.launch.spec import JobSpec
+from pathswitch.launch.spec import JobSpec, launcher_words
 
 
 class Launcher(Protocol):
@@ -42,7 +42,7 @@ class LocalLauncher:
         for line in self.end():
             print(f"pathswitch: {spec.path}: before the start: {line}", flush=True)
         runner = [spec.python, "-m", "deepspeed.launcher.runner", "--num_gpus", str(spec.ranks)]
-        return [*runner, "--master_port", str(spec.port), *module_or_script(training)]
+        return [*runner, "--master_port", str(spec.port), *launcher_words(spec.launch), *module_or_script(training)]
 
     def environment(self) -> dict[str, str]:
         """Return nothing: the ranks inherit the agent's environment."""

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,6 @@ def sbatch_script(spec: JobSpec, agent_python: str = sys.executable) -> str:
         ConfigError: a name cannot stand in an option of sbatch.
     """
     launch = spec.launch
-    log = str(spec.files.log).replace("%", "%%")
     tasks = spec.gpus_per_node if launch.launcher in (None, "srun") else 1
     options = {
         "job-name": job_name(spec),
@@ -50,15 +50,16 @@ def sbatch_script(spec: JobSpec, agent_python: str = sys.executable) -> str:
         "qos": launch.qos,
         "signal": f"B:{launch.signal.removeprefix('SIG')}@{launch.signal_seconds}",
         "open-mode": "append",
-        "output": log,
+        "output": _output_pattern(str(spec.files.log)),
         "chdir": spec.working_folder,
     }
-    lines = [f"#SBATCH --{name}={_sbatch_quoted(value)}" for name, value in options.items() if value is not None]
+    lines = [_sbatch_line(f"--{name}", value) for name, value in options.items() if value is not None]
     lines += ["#SBATCH --requeue"]
     for option in launch.sbatch:
         name, equals, value = option.partition("=")
-        lines.append(f"#SBATCH {name}{equals}{_sbatch_quoted(value) if equals else ''}")
-    agent = [agent_python, "-u", "-m", "pathswitch.launch.agent", str(spec.files.job)]
+        lines.append(_sbatch_line(name, value) if equals else f"#SBATCH {name}")
+    # -P: nothing in the plan's folder takes the place of a module of ours, or of Python's.
+    agent = [agent_python, "-P", "-u", "-m", "pathswitch.launch.agent", str(spec.files.job)]
     body = [
         *(f"export {name}={shlex.quote(value)}" for name, value in launch.env.items()),
         *(f"module load {shlex.quote(module)}" for module in launch.modules),
@@ -76,17 +77,23 @@ def _gpus(spec: JobSpec) -> dict[str, str | None]:
     return {"gres": None if spec.launch.gres == "none" else spec.launch.gres}
 
 
-def _sbatch_quoted(value: str) -> str:
+def _output_pattern(log: str) -> str:
+    """Return what SLURM makes this file's name of: with a backslash in it, it replaces nothing and drops each first."""
+    return log.replace("\\", "\\\\") if "\\" in log else log.replace("%", "%%")
+
+
+def _sbatch_line(option: str, value: str) -> str:
     """Quote a value for sbatch's own reading of ``#SBATCH`` lines: double quotes, in which a backslash escapes.
 
     Raises:
         ConfigError: it holds a control character, which would end the line.
     """
-    if not value.isprintable():
-        raise ConfigError("an option of sbatch", given=value, allowed="text in one line, without control characters")
-    if _PLAIN.fullmatch(value):
-        return value
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+        allowed = "text in one line of UTF-8, without control characters"
+        raise ConfigError(f"{option} of sbatch", given=value, allowed=allowed)
+    if not _PLAIN.fullmatch(value):
+        value = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return f"#SBATCH {option}={value}"
 
 
 def job_ds_config(spec: JobSpec, base: Mapping[str, Any], where: str) -> dict[str, Any]:

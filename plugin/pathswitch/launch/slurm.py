@@ -11,6 +11,8 @@ from pathlib import Path
 
 from pathswitch.errors import RunError
 
+# Options that sites have users set in their environment.
+DEFAULTS = ("account", "partition", "qos", "reservation")
 COMMAND_SECONDS = 60
 RETRY_SECONDS = 120.0
 UNREACHABLE = ("Unable to contact slurm controller", "Connection refused", "Socket timed out", "connect failure")
@@ -41,11 +43,19 @@ class SlurmJob:
 
 
 def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of SLURM's commands: within a job, its variables would be taken for options."""
-    if "SLURM_JOB_ID" not in environ:
-        return dict(environ)
-    kept = {"SLURM_CONF"}
-    return {k: v for k, v in environ.items() if k in kept or not k.startswith(("SLURM_", "SBATCH_"))}
+    """Return the environment of SLURM's commands without what they would take for options.
+
+    Those of sbatch are stronger than the lines of a script, and those of a job are the parent's within it.
+    """
+    options = ("SBATCH_", "SQUEUE_", "SCANCEL_", *(["SLURM_"] if "SLURM_JOB_ID" in environ else []))
+    return {k: v for k, v in environ.items() if k == "SLURM_CONF" or not k.startswith(options)}
+
+
+def _defaults(script: Path, environ: Mapping[str, str]) -> list[str]:
+    """Return options that the user's environment gives to jobs whose script has none of its own."""
+    text = script.read_text()
+    found = {name: environ.get(f"SBATCH_{name.upper()}") for name in DEFAULTS if f"\n#SBATCH --{name}=" not in text}
+    return [f"--{name}={value}" for name, value in found.items() if value]
 
 
 def submit(script: Path, comment: str, *, held: bool = False, after: str | None = None) -> str:
@@ -60,14 +70,15 @@ def submit(script: Path, comment: str, *, held: bool = False, after: str | None 
     Raises:
         RunError: SLURM refuses the job, or does not answer.
     """
-    command = ["sbatch", "--parsable", *(["--hold"] if held else [])]
+    command = ["sbatch", "--parsable", *_defaults(script, os.environ), *(["--hold"] if held else [])]
     if after is not None:
         command += [f"--dependency={after}", "--kill-on-invalid-dep=yes"]
     deadline = time.monotonic() + RETRY_SECONDS
     while True:
         result = _run([*command, str(script)])
-        if result.returncode == 0:
-            return result.stdout.strip().partition(";")[0]
+        job_id = result.stdout.strip().partition(";")[0]
+        if result.returncode == 0 and job_id.isdecimal():
+            return job_id
         if not _is_unreachable(result) or time.monotonic() > deadline:
             raise _error(f"sbatch {script}", result)
         time.sleep(1)
@@ -95,6 +106,11 @@ def jobs(comment_prefix: str) -> list[SlurmJob]:
 def release(job_id: str) -> None:
     """Let a held job start."""
     run("scontrol", "release", job_id)
+
+
+def clear_dependency(job_id: str) -> None:
+    """Let a job wait for no other."""
+    run("scontrol", "update", f"JobId={job_id}", "Dependency=")
 
 
 def requeue(job_id: str) -> None:
@@ -143,7 +159,8 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=COMMAND_SECONDS,
             env=command_environment(os.environ),
             stdin=subprocess.DEVNULL,

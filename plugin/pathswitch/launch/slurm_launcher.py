@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathswitch.atomic import write_text_atomic
 from pathswitch.launch import slurm
 from pathswitch.launch.launcher import module_or_script
-from pathswitch.launch.spec import JobSpec
+from pathswitch.launch.spec import JobSpec, launcher_words
 
 # What each task of srun runs; its arguments follow. A signal that comes before the ranks have their handlers, or to a
 # launcher between them and srun, must not kill: whoever is ignoring it hands that on to what it executes.
@@ -30,12 +30,14 @@ class SlurmLauncher:
     def command(self, training: Sequence[str]) -> list[str]:
         """Return the srun line: one task a rank, or one a node with a launcher in it."""
         spec, launch = self._spec, self._spec.launch
-        tasks, options, script, words = spec.gpus_per_node, list(launch.launcher_args), _RANK, ["-u", *training]
+        tasks, options, script, words = spec.gpus_per_node, launcher_words(launch), _RANK, ["-u", *training]
         if launch.launcher == "torchrun":
             tasks, options, script, words = 1, [], _TORCHRUN, self._torchrun(training)
         elif launch.launcher == "deepspeed":
             tasks, options, script, words = 1, [], _DEEPSPEED, self._deepspeed(training)
-        srun = ["srun", "--kill-on-bad-exit=1", f"--nodes={spec.nodes}", f"--ntasks-per-node={tasks}", *options]
+        # --export: with sbatch's --export=NONE, srun would not hand the environment on either.
+        srun = ["srun", "--export=ALL", "--kill-on-bad-exit=1", f"--nodes={spec.nodes}", f"--ntasks-per-node={tasks}"]
+        srun += options
         if launch.cpus_per_task is not None:
             srun.append(f"--cpus-per-task={launch.cpus_per_task}")  # srun does not take it from the job any more
         script = _IGNORING.format(signal=launch.signal.removeprefix("SIG"), rest=script)
@@ -78,7 +80,7 @@ class SlurmLauncher:
         meet = ["--rdzv-backend", "c10d", "--rdzv-id", start]
         meet += ["--rdzv-endpoint", f"{meeting['MASTER_ADDR']}:{meeting['MASTER_PORT']}"]
         size = ["--nnodes", str(spec.nodes), "--nproc-per-node", str(spec.gpus_per_node)]
-        return ["-m", "torch.distributed.run", *size, *meet, *spec.launch.launcher_args, *training]
+        return ["-m", "torch.distributed.run", *size, *meet, *launcher_words(spec.launch), *training]
 
     def _deepspeed(self, training: Sequence[str]) -> list[str]:
         spec, meeting = self._spec, self.environment()
@@ -86,7 +88,7 @@ class SlurmLauncher:
         lines = [f"{host} slots={spec.gpus_per_node}" for host in self._hosts()]
         write_text_atomic(hostfile, "\n".join(lines) + "\n")
         meet = ["--master_addr", meeting["MASTER_ADDR"], "--master_port", meeting["MASTER_PORT"]]
-        runner = ["--hostfile", str(hostfile), "--no_ssh", *meet, *spec.launch.launcher_args]
+        runner = ["--hostfile", str(hostfile), "--no_ssh", *meet, *launcher_words(spec.launch)]
         return [*runner, *module_or_script(training)]
 
     def _hosts(self) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import string
 import sys
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -147,18 +149,19 @@ def job_specs(
     """
     launch = plan_file.launch
     _check(launch)
-    plan = build_plan(plan_file)
-    paths = plan.paths(paradigm)
+    paths = [path for path in build_plan(plan_file).paths(paradigm) if path.steps > 0]
+    if not paths:
+        raise ConfigError("[[versions]]", given="nothing", allowed="at least one version: jobs train its steps")
     for name in launch.paths:
         if name not in (known := [path.name for path in paths]):
             raise ConfigError("[launch.paths]", given=name, allowed=choices(known, name))
-    base, run = base.absolute(), run.absolute()
+    # One name for one folder: the jobs of a run are known by it, from wherever they are submitted.
+    base, run = base.resolve(), run.resolve()
+    _check_folders(plan_file.launch, {"plan's folder": base, "--out": run})
     first_port = int(run_id(run), 16)
     key_file = _checkpoint_settings(plan_file, ds_config).signing_key_file
     specs = [
-        _spec(plan_file, path, base, run, FIRST_PORT + (first_port + index) % PORTS)
-        for index, path in enumerate(paths)
-        if path.steps > 0
+        _spec(plan_file, path, base, run, FIRST_PORT + (first_port + index) % PORTS) for index, path in enumerate(paths)
     ]
     return [spec.model_copy(update={"signing_key_file": key_file and str(base / key_file)}) for spec in specs]
 
@@ -184,7 +187,8 @@ def _spec(plan_file: PlanFile, path: TrainingPath, base: Path, run: Path, port: 
         parts=(),
         embedded=embedded,
         working_folder=str(base),
-        python=launch.python or sys.executable,
+        # An image has an interpreter of its own.
+        python=launch.python or (sys.executable if launch.container is None else "python"),
         port=port,
         signing_key_file=None,
         launch=launch,
@@ -230,9 +234,38 @@ def _check(launch: LaunchSection) -> None:
                 raise ConfigError(f"[launch]{where} {key}", given=getattr(section, key), allowed=allowed)
         if launch.kind == "local" and (section.nodes or 1) > 1:
             raise ConfigError(f"[launch]{where} nodes", given=section.nodes, allowed="1 with kind = 'local'")
+    launcher_words(launch)
+    if launch.ds_config is not None and MEGATRON_ARGS in launch.command:
+        allowed = f"none with {MEGATRON_ARGS}: Megatron-DeepSpeed's is the same for all paths, a word of the command"
+        raise ConfigError("[launch] ds_config", given=launch.ds_config, allowed=allowed)
     if any("{ds_config}" in word for word in launch.command) != (launch.ds_config is not None):
         allowed = "a ds_config together with {ds_config} in the command, or neither"
         raise ConfigError("[launch] ds_config", given=launch.ds_config, allowed=allowed)
+
+
+def _check_folders(launch: LaunchSection, folders: Mapping[str, Path]) -> None:
+    sections = [launch, launch.main, launch.branches, *launch.paths.values()]
+    mounted = any(section.container is not None for section in sections)
+    for where, folder in folders.items():
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in str(folder)):
+            allowed = "a name in one line of UTF-8, without control characters"
+            raise ConfigError(where, given=str(folder), allowed=allowed)
+        if mounted and any(sign in str(folder) for sign in ",:"):
+            allowed = "a name without , and :, which part the mounts of a container"
+            raise ConfigError(where, given=str(folder), allowed=allowed)
+
+
+def launcher_words(launch: LaunchSection) -> list[str]:
+    """Return the launcher's arguments as a shell splits them.
+
+    Raises:
+        ConfigError: a quotation does not end.
+    """
+    try:
+        return [word for line in launch.launcher_args for word in shlex.split(line)]
+    except ValueError as error:
+        allowed = f"words as a shell splits them ({error})"
+        raise ConfigError("[launch] launcher_args", given=list(launch.launcher_args), allowed=allowed) from None
 
 
 def _check_ranks(plan_file: PlanFile, spec: JobSpec) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathswitch.config import PlanFile, build_plan
 from pathswitch.errors import RunError
 from pathswitch.launch import slurm
 from pathswitch.launch.agent_lock import holder
-from pathswitch.launch.estimate import measured_seconds_per_step
+from pathswitch.launch.estimate import median_seconds, newest_updates
 from pathswitch.launch.gate import durable_step
 from pathswitch.launch.journal import Event, events_by_path
 from pathswitch.launch.spec import JobSpec, comment_prefix, load_spec
@@ -20,8 +19,6 @@ from pathswitch.run_folder import PathFolder, RunFolder
 from pathswitch.versions import PARADIGMS, Plan
 from pathswitch.versions import Path as TrainingPath
 from pathswitch.versions.ledger import run_ledger
-
-TAIL_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,8 @@ def run_status(run: Path) -> list[PathStatus]:
     folder = RunFolder(run)
     specs = submitted_specs(run)
     queue: dict[str, slurm.SlurmJob] = {}
-    for paradigm in {spec.paradigm for spec in specs if spec.launch.kind == "slurm"}:
-        queue |= slurm.live_jobs(comment_prefix(str(run.absolute()), paradigm))
+    for prefix in {comment_prefix(spec.run, spec.paradigm) for spec in specs if spec.launch.kind == "slurm"}:
+        queue |= slurm.live_jobs(prefix)
     plan_file = folder.plan_file()
     events = events_by_path(run_ledger(run).read().records)
     seen = _Seen(plan_file, build_plan(plan_file), events, queue)
@@ -103,11 +100,12 @@ def submitted_specs(run: Path) -> list[JobSpec]:
 def _path_status(seen: _Seen, spec: JobSpec) -> PathStatus:
     path = seen.plan.path(spec.path, spec.paradigm)
     durable = durable_step(spec.files, spec.path)
-    newest = _newest_update(spec.files)
-    step = max(int(newest.get("step", 0)), durable or 0, path.start_step)
+    updates = newest_updates(spec.files)
+    newest = updates[-1] if updates else {}
+    step = min(max(int(newest.get("step", 0)), durable or 0, path.start_step), spec.end_step)
     events = seen.events.get((spec.paradigm, spec.path), [])
     state, job, reason = _state(seen, spec, events)
-    seconds = measured_seconds_per_step(spec.files)
+    seconds = median_seconds(updates)
     tokens_per_step = seen.plan_file.tokens_per_step
     running = state == "running"
     return PathStatus(
@@ -115,10 +113,10 @@ def _path_status(seen: _Seen, spec: JobSpec) -> PathStatus:
         path=spec.path,
         state=state,
         job=job,
-        step=min(step, spec.end_step),
+        step=step,
         start_step=spec.start_step,
         end_step=spec.end_step,
-        lr=path.lr(min(step, spec.end_step)),
+        lr=path.lr(step),
         loss=newest.get("loss"),
         tokens_per_s=tokens_per_step / seconds if running and seconds and tokens_per_step else None,
         durable_step=durable,
@@ -147,6 +145,9 @@ def _state(seen: _Seen, spec: JobSpec, events: list[Event]) -> tuple[str, str | 
     if last is None:
         waits = spec.start_step > 0 and durable_step(spec.files, spec.path) is None
         return ("waiting", None, _waits_for(spec)) if waits else ("not submitted", None, None)
+    if last.event == "completed":
+        grown = f"trained to {last.step}, and the plan goes on to {spec.end_step}; submit again"
+        return "stopped", None, grown
     submitted = any(event.record.event == "submitted" for event in events)
     unsaid = {"started": "lost", "submitted": "lost", "opened": "lost" if submitted else "not submitted"}
     ended = unsaid.get(last.event, last.event)
@@ -162,18 +163,3 @@ def _next_fork(plan: Plan, path: TrainingPath, step: int) -> str | None:
     forks = [child for child in plan.paths(path.paradigm) if child.parent == path.name and child.start_step > step]
     first = min(forks, key=lambda child: child.start_step, default=None)
     return None if first is None else f"{first.name}@{first.start_step}"
-
-
-def _newest_update(files: PathFolder) -> dict[str, Any]:
-    """Return the newest update that the path has written down, with ``step`` as updates done."""
-    if files.metrics.is_file():
-        with files.metrics.open("rb") as file:
-            file.seek(max(0, files.metrics.stat().st_size - TAIL_BYTES))
-            lines = [line for line in file.read().splitlines() if line.startswith(b"{") and line.endswith(b"}")]
-        if lines:
-            record: dict[str, Any] = json.loads(lines[-1])
-            return record | {"step": record["step"] + 1}
-    if files.progress.is_file():
-        progress: dict[str, Any] = json.loads(files.progress.read_text())
-        return progress
-    return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from pathswitch.checkpoint import read_key
 from pathswitch.config import PlanFile, build_plan
 from pathswitch.errors import ConfigError, RunError
 from pathswitch.launch import slurm
-from pathswitch.launch.agent import CANCELLED
+from pathswitch.launch.agent import is_cancelled
 from pathswitch.launch.gate import OPEN, Gate, durable_step, open_gate
 from pathswitch.launch.gatekeeper import release
 from pathswitch.launch.journal import Journal
 from pathswitch.launch.render import job_comment, job_files
 from pathswitch.launch.spec import JobSpec, comment_prefix
 from pathswitch.run_folder import PLAN_FILE, RunFolder
+
+SETTLE_SECONDS = 60.0
 
 Action = Literal["done", "queued", "submit", "hold", "refused"]
 
@@ -77,22 +80,35 @@ def plan_submission(specs: Sequence[JobSpec], *, on_slurm: bool, look_only: bool
         on_slurm: whether SLURM has to be asked what waits or runs.
         look_only: change nothing: a branch whose fork has not been made yet waits.
     """
-    live = slurm.live_jobs(comment_prefix(specs[0].run, specs[0].paradigm)) if specs and on_slurm else {}
+    live = _settled_jobs(specs[0], wait=not look_only) if on_slurm else {}
     return [_step(spec, live.get(job_comment(spec)), look_only) for spec in specs]
+
+
+def _settled_jobs(spec: JobSpec, *, wait: bool) -> dict[str, slurm.SlurmJob]:
+    """Return the live jobs of a run; those that are ending are waited for, as they may be queued again, or not."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        live = slurm.live_jobs(comment_prefix(spec.run, spec.paradigm))
+        ending = any(job.state == "COMPLETING" for job in live.values())
+        if not ending or not wait or time.monotonic() > deadline:
+            return live
+        time.sleep(1)
 
 
 def _step(spec: JobSpec, job: slurm.SlurmJob | None, look_only: bool) -> Step:
     if spec.files.completed_step() >= spec.end_step:
         return Step(spec, "done")
-    gate = _gate(spec, look_only)
+    gate = gate_of(spec, look_only)
     if job is not None:
-        return Step(spec, "queued", job.job_id, gate.reason)
+        ending = "it is being cancelled; submit again when it has ended" if is_cancelled(spec) else None
+        return Step(spec, "queued", job.job_id, ending or gate.reason)
     if gate.state == "refused":
         return Step(spec, "refused", reason=gate.reason)
     return Step(spec, "submit" if gate.state == "open" else "hold", reason=gate.reason)
 
 
-def _gate(spec: JobSpec, look_only: bool) -> Gate:
+def gate_of(spec: JobSpec, look_only: bool = False) -> Gate:
+    """Return whether a job may start; a gate that can be opened is opened, unless this is to change nothing."""
     run = RunFolder(Path(spec.run))
     if spec.start_step == 0 or durable_step(spec.files, spec.path) is not None:
         return OPEN
@@ -113,7 +129,7 @@ def submit_all(steps: Sequence[Step]) -> Iterator[Step]:
     for step in steps:
         spec = step.spec
         if step.action in ("submit", "hold"):
-            _forget_cancellation(spec)
+            forget_cancellation(spec)
             after = None
             # A path that starts where its parent ends cannot start without it; a branch leaves before.
             if step.action == "hold" and spec.parent in job_ids and _starts_at_end(spec, steps):
@@ -125,7 +141,7 @@ def submit_all(steps: Sequence[Step]) -> Iterator[Step]:
         if step.job_id is not None:
             job_ids[spec.path] = step.job_id
         # The parent may have come to the fork since: then nobody else would release the job.
-        if step.job_id is not None and spec.parent is not None and _gate(spec, look_only=False).state == "open":
+        if step.job_id is not None and spec.parent is not None and gate_of(spec).state == "open":
             release(spec, [spec.path])
         yield step
 
@@ -134,10 +150,10 @@ def _starts_at_end(spec: JobSpec, steps: Sequence[Step]) -> bool:
     return any(step.spec.path == spec.parent and step.spec.end_step == spec.start_step for step in steps)
 
 
-def _forget_cancellation(spec: JobSpec) -> None:
-    stop = spec.files.stop
-    if stop.is_file() and stop.read_text().startswith(CANCELLED):
-        stop.unlink()
+def forget_cancellation(spec: JobSpec) -> None:
+    """Let a job start again that was cancelled."""
+    if is_cancelled(spec):
+        spec.files.stop.unlink(missing_ok=True)
 
 
 @contextmanager
