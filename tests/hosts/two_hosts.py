@@ -114,13 +114,15 @@ class TwoHosts:
             self.kill(name)
 
     def kill(self, name: str) -> None:
-        """Let a host die at once, with everything on it; the link is gone too."""
+        """Let a host die at once, with everything on it, and nobody told."""
         host = self._hosts.pop(name)
         host.kill()
         host.wait()
 
     def restart(self, name: str) -> None:
         """Start a host that was killed."""
+        (other,) = self._hosts
+        self._ip(other, "link", "delete", LINK)
         self._start(name)
         self._join()
 

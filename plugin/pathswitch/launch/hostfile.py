@@ -9,6 +9,7 @@ import shlex
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,12 +26,15 @@ from pathswitch.launch.deepspeed_env import (
     runner_argument,
     user_lines,
 )
-from pathswitch.launch.host_watch import HostWatch
+from pathswitch.launch.host_watch import HostWatch, keep_alive
 from pathswitch.launch.hosts import ANSWER_SECONDS, Ssh, first_hosts, on_all
 from pathswitch.launch.launcher import module_or_script
 from pathswitch.launch.spec import FIRST_PORT, PORTS, JobSpec
 
 GRACE_SECONDS = 10.0
+ASK_AGAIN_SECONDS = 2.0
+# Of the submitting shell's own variables, the ranks get these; for others there are [launch] env and .deepspeed_env.
+HANDED_ON = ("DS_ACCELERATOR", "OMP_NUM_THREADS")
 PORTS_TRIED = 20
 PDSH_OPTIONS, RSH_OPTIONS = "PDSH_SSH_ARGS_APPEND", "plm_rsh_args"
 COMMAND_LENGTH = 80
@@ -70,18 +74,24 @@ class Found:
     """Those that could not be ended."""
     error: str = ""
     """Why the host does not say."""
+    machine: str = ""
+    """The same for two hosts that are one machine by two names."""
 
 
 class HostfileLauncher:
-    """Starts a job's ranks on the first hosts of a hostfile by DeepSpeed's runner, and ends them by the job's id.
+    """Starts a job's ranks on the first hosts of a hostfile by DeepSpeed's runner, and ends them by the job's id."""
 
-    ``environment`` is the job's: it is handed to every rank, beside what the user's own .deepspeed_env says.
-    """
+    def __init__(self, spec: JobSpec, environ: Mapping[str, str] = os.environ) -> None:
+        """Check all that can be checked without the hosts.
 
-    def __init__(self, spec: JobSpec, environment: Mapping[str, str]) -> None:
+        Raises:
+            ConfigError: the hostfile, or something in [launch], is not right.
+        """
         launch = spec.launch
         assert launch.hostfile is not None
-        self._spec, self._job = spec, dict(environment)
+        self._spec = spec
+        handed_on = {name: environ[name] for name in HANDED_ON if name in environ}
+        self._job = {**handed_on, **launch.env, **spec.environment()}
         check_variables(self._job)
         self._pdsh = launch.launcher != "openmpi"
         self._hosts = first_hosts(Path(spec.working_folder, launch.hostfile), spec.nodes, spec.gpus_per_node)
@@ -105,7 +115,9 @@ class HostfileLauncher:
         return [], words
 
     def command(self, training: Sequence[str]) -> list[str]:
-        """Write the job's hostfile and environment file, and return the launch line.
+        """End what an earlier start has left, write the job's files, and return the launch line.
+
+        Hosts that do not answer are waited for as long as they would be while the job runs.
 
         Raises:
             RunError: a host does not answer or lacks the job's folders, or a program is missing here.
@@ -119,6 +131,9 @@ class HostfileLauncher:
         write_text_atomic(folder / "hostfile", hostfile)
         write_text_atomic(folder / "deepspeed_env", self._env_file())
         address, port = self._rendezvous()
+        # A host that was lost, and is back, does not know that the job has ended. Two of it would write one checkpoint.
+        for line in self.end():
+            print(f"pathswitch: {spec.path}: before the start: {line}", flush=True)
         runner = [spec.python, "-m", "pathswitch.launch.deepspeed_runner", "--hostfile", str(folder / "hostfile")]
         # One host in the hostfile is a host all the same, not this machine.
         runner += ["--force_multi", "--no_ssh_check", "--master_addr", address, "--master_port", str(port)]
@@ -132,10 +147,10 @@ class HostfileLauncher:
         return [*runner, "sh", "-c", exported, "sh", spec.python, "-u", *training]
 
     def environment(self) -> dict[str, str]:
-        """Return where the runner finds the job's environment, and options of ssh that end the wait for a lost host."""
-        environment = {"DS_ENV_FILE": str(self._spec.files.folder / "deepspeed_env")}
+        """Return the job's environment, where the runner finds it, and options of ssh that end the wait for a host."""
+        environment = {**self._job, "DS_ENV_FILE": str(self._spec.files.folder / "deepspeed_env")}
         if self._pdsh:
-            environment[PDSH_OPTIONS] = " ".join([*self._ssh.options, *self._keep_alive()])
+            environment[PDSH_OPTIONS] = self._ssh_words()
         return environment
 
     def ask_to_stop(self) -> None:
@@ -152,8 +167,12 @@ class HostfileLauncher:
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
-        found = end_jobs(self._names, [self._spec.id], python=self._spec.python, ssh=self._ssh)
-        return [_line(entry) for entry in found]
+        lines = []
+        for found in end_jobs(self._names, [self._spec.id], python=self._spec.python, ssh=self._ssh):
+            ranks = tuple(process for process in found.processes if not _is_launcher(process))
+            if ranks or found.error:
+                lines.append(_line(replace(found, processes=ranks)))
+        return lines
 
     def _env_file(self) -> str:
         name = os.environ.get("DS_ENV_FILE", DEFAULT_NAME)
@@ -166,18 +185,18 @@ class HostfileLauncher:
     def _mpirun_arguments(self) -> list[str]:
         """Return the user's arguments, options of ssh, and the names of the variables that mpirun hands on."""
         exported = [word for name in self._job if name != "PYTHONPATH" for word in ("-x", name)]
-        return [*self._arguments, "--mca", RSH_OPTIONS, " ".join([*self._ssh.options, *self._keep_alive()]), *exported]
+        return [*self._arguments, "--mca", RSH_OPTIONS, self._ssh_words(), *exported]
 
-    def _keep_alive(self) -> list[str]:
+    def _ssh_words(self) -> str:
         """Return options of ssh; the user's own come first, and ssh takes the first of its kind."""
-        seconds = max(1, int(self._spec.launch.host_timeout_seconds / 4))
-        return ["-oBatchMode=yes", f"-oServerAliveInterval={seconds}", "-oServerAliveCountMax=3"]
+        own = ("-oBatchMode=yes", *keep_alive(self._spec.launch.host_timeout_seconds))
+        return " ".join([*self._ssh.options, *own])
 
     def _rendezvous(self) -> tuple[str, int]:
         """Return the address of the first host and a port that is free there, once all hosts have answered."""
         spec, offset = self._spec, self._spec.port - FIRST_PORT
         ports = [str(FIRST_PORT + (offset + more) % PORTS) for more in range(PORTS_TRIED)]
-        command = [spec.python, "-", spec.working_folder, str(spec.files.folder), *ports]
+        command = [spec.python, "-I", "-S", "-", spec.working_folder, str(spec.files.folder), *ports]
 
         def ask(host: str) -> tuple[str, str]:
             try:
@@ -185,9 +204,13 @@ class HostfileLauncher:
             except RunError as error:
                 return "", str(error)
 
+        deadline = time.monotonic() + spec.launch.host_timeout_seconds
         answers = on_all(self._names, ask)
-        if errors := [error for _, error in answers if error]:
-            raise RunError("; ".join(errors))
+        while errors := [error for _, error in answers if error]:
+            if time.monotonic() > deadline or spec.files.stop.exists():
+                raise RunError("; ".join(errors))
+            time.sleep(ASK_AGAIN_SECONDS)
+            answers = on_all(self._names, ask)
         address, port = answers[0][0].split()[-2:]
         return self._job.get("MASTER_ADDR", address), int(port)
 
@@ -216,10 +239,16 @@ def _on_machines(
     """Find, or end after ``grace_seconds``, the processes of jobs."""
     here, left = (job_processes.find(jobs), []) if grace_seconds is None else job_processes.end(jobs, grace_seconds)
     found = on_all(hosts, partial(_on_host, jobs=jobs, grace_seconds=grace_seconds, python=python, ssh=ssh))
-    # This machine may be one of the hosts.
-    elsewhere = [replace(entry, processes=tuple(p for p in entry.processes if p not in here)) for entry in found]
-    machines = [Found(socket.gethostname(), tuple(here), tuple(left)), *elsewhere]
+    machines = [_merged(entry, here, left) if entry.machine == job_processes.machine() else entry for entry in found]
+    if machines == found:  # this machine is none of the hosts
+        machines = [Found(socket.gethostname(), tuple(here), tuple(left)), *found]
     return [entry for entry in machines if entry.processes or entry.error]
+
+
+def _merged(found: Found, here: list[job_processes.Process], left: list[job_processes.Process]) -> Found:
+    """Return what a host has, with what was seen from within, which may be gone by now."""
+    processes = {process["pid"]: process for process in (*here, *found.processes)}
+    return replace(found, processes=tuple(processes.values()), left=tuple(left) + found.left)
 
 
 def _on_host(host: str, *, jobs: Sequence[str], grace_seconds: float | None, python: str, ssh: Ssh) -> Found:
@@ -228,10 +257,10 @@ def _on_host(host: str, *, jobs: Sequence[str], grace_seconds: float | None, pyt
     patience = ANSWER_SECONDS + (grace_seconds or 0) + job_processes.KILL_SECONDS
     try:
         output = ssh.run(host, command, script=script, timeout_seconds=patience)
-        processes, left = json.loads(output.splitlines()[-1])
+        machine, processes, left = json.loads(output.splitlines()[-1])
     except (RunError, ValueError, IndexError) as error:
         return Found(host, error=str(error) or "no answer")
-    return Found(host, tuple(processes), tuple(left))
+    return Found(host, tuple(processes), tuple(left), machine=machine)
 
 
 def _line(found: Found) -> str:
@@ -241,6 +270,11 @@ def _line(found: Found) -> str:
     ended = ", ".join(f"pid {process['pid']} ({process['command'][:COMMAND_LENGTH]})" for process in found.processes)
     left = ", ".join(f"pid {process['pid']}" for process in found.left)
     return f"{found.host}: {count} outlived the launcher, ended: {ended}{left and f'; still there: {left}'}"
+
+
+def _is_launcher(process: job_processes.Process) -> bool:
+    """Return whether a process is the launcher's own end of its connections, which nobody has to hear of."""
+    return Path(process["command"].partition(" ")[0]).name in ("ssh", "pdsh", "mpirun")
 
 
 def _words(where: str, lines: Sequence[str]) -> list[str]:

@@ -103,11 +103,16 @@ class Ssh:
         except OSError as error:
             raise RunError(f"host {host}: ssh cannot be started ({error.strerror})") from None
         if done.returncode:
-            words = done.stderr.decode(errors="replace").split("\n")
-            reason = next((line.strip() for line in reversed(words) if line.strip()), f"exit code {done.returncode}")
+            reason = last_line(done.stderr) or f"exit code {done.returncode}"
             did = "does not answer" if done.returncode == SSH_FAILED else f"cannot run {command[0]}"
             raise RunError(f"host {host} {did}: {reason}")
         return done.stdout.decode(errors="replace")
+
+
+def last_line(output: bytes) -> str:
+    """Return the last line that says something: there, programs say why they failed."""
+    lines = output.decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def on_all(hosts: Sequence[str], action: Callable[[str], Result]) -> list[Result]:
