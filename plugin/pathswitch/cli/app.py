@@ -184,13 +184,14 @@ def submit(
     paradigm: ParadigmOption = "path_switching",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the jobs and what they cost, and stop.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Show JSON instead, with the text of every file.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead, with the text of every file.")] = False,
 ) -> None:
     """Start every path of a plan as a job, as its [launch] says; again, only what is missing."""
     from pathswitch.cli.jobs import submit_plan
 
     plan_file = load_plan_file(plan_path)
-    submit_plan(plan_path, plan_file, out, _paradigm(paradigm), dry_run=dry_run, yes=yes, as_json=as_json)
+    code = submit_plan(plan_path, plan_file, out, _paradigm(paradigm), dry_run=dry_run, yes=yes, as_json=as_json)
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from pathswitch.data import Prepared
 
 
-def prepare_run(plan_file: PlanFile, base: Path, out: Path, paradigm: Paradigm) -> RunFolder:
+def prepare_run(
+    plan_file: PlanFile, base: Path, out: Path, paradigm: Paradigm, console: Console | None = None
+) -> RunFolder:
     """Open the run folder ``out`` for a plan, and prepare the data of one paradigm's paths.
 
     Raises:
@@ -27,13 +29,13 @@ def prepare_run(plan_file: PlanFile, base: Path, out: Path, paradigm: Paradigm) 
     require_trainable(plan_file)
     folder = RunFolder(out)
     folder.open(plan_file)
-    prepared = prepare_data(plan_file, base, folder.data)
+    prepared = prepare_data(plan_file, base, folder.data, console or Console())
     for path in build_plan(plan_file).paths(paradigm):
         path_stream(plan_file, path, prepared)  # raises unless every version has text enough for its steps
     return folder
 
 
-def prepare_data(plan_file: PlanFile, base: Path, out: Path) -> Prepared:
+def prepare_data(plan_file: PlanFile, base: Path, out: Path, console: Console) -> Prepared:
     """Turn the plan's text files, relative to ``base``, into a tokenizer and token files in ``out``."""
     from pathswitch.data import VersionText, prepare
 
@@ -46,5 +48,5 @@ def prepare_data(plan_file: PlanFile, base: Path, out: Path) -> Prepared:
         vocab_size=data.vocab_size,
         tokenizer_model=base / data.tokenizer if data.tokenizer else None,
         separator=data.separator,
-        progress=lambda message: Console().print(f"data: {message}", highlight=False),
+        progress=lambda message: console.print(f"data: {message}", highlight=False),
     )

@@ -29,9 +29,9 @@ class JobEstimate:
 
 @dataclass(frozen=True)
 class Totals:
-    """GPU-hours of whole paradigms, with the main path's GPUs and its step's time where they train from scratch."""
+    """GPU-hours of the jobs, and of other paradigms with the first job's GPUs and its step's time."""
 
-    path_switching: float
+    jobs: float
     ptfs: float
     cpt: float
 
@@ -103,7 +103,7 @@ def totals(plan_file: PlanFile, specs: Sequence[JobSpec], given: float | None) -
     cost = build_plan(plan_file).cost
     per_step = times[specs[0].path] * specs[0].ranks / 3600
     return Totals(
-        path_switching=sum(estimate.gpu_hours for estimate in by_path.values()),
+        jobs=sum(estimate.gpu_hours for estimate in by_path.values()),
         ptfs=cost.ptfs_steps * per_step,
         cpt=cost.cpt_steps * per_step,
     )

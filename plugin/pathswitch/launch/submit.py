@@ -59,17 +59,28 @@ def read_ds_config(plan_file: PlanFile, base: Path) -> dict[str, Any] | None:
     return content
 
 
-def write_job_files(specs: Sequence[JobSpec], ds_config: Mapping[str, Any] | None) -> None:
-    """Write the files of all jobs where they are not yet as they should be: all are rendered before any is written.
+def rendered(specs: Sequence[JobSpec], ds_config: Mapping[str, Any] | None) -> dict[Path, str]:
+    """Return the text of every file of all jobs by its place.
 
     Raises:
         ConfigError: something cannot be written down so that it arrives as it is.
     """
-    texts = [item for spec in specs for item in job_files(spec, ds_config).items()]
-    for path, text in texts:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.is_file() or path.read_text() != text:
-            write_text_atomic(path, text)
+    return {path: text for spec in specs for path, text in job_files(spec, ds_config).items()}
+
+
+def write_files(texts: Mapping[Path, str]) -> None:
+    """Write files where they are not yet as they should be.
+
+    Raises:
+        RunError: one cannot be written.
+    """
+    for path, text in texts.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.is_file() or path.read_text() != text:
+                write_text_atomic(path, text)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def plan_submission(specs: Sequence[JobSpec], *, on_slurm: bool, look_only: bool = False) -> list[Step]:
@@ -161,10 +172,14 @@ def only_submission(run: Path) -> Iterator[None]:
     """Hold the run's lock for submissions.
 
     Raises:
-        RunError: another submission is at work.
+        RunError: another submission is at work, or the folder cannot be written.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / "submit.lock").open("w") as lock:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / "submit.lock").open("w")
+    except OSError as error:
+        raise RunError(f"--out {run}: cannot be written ({error.strerror})") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
