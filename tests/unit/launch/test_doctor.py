@@ -17,8 +17,22 @@ from doctor_subject import by_name, subject
 from rich.console import Console
 
 from pathswitch.cli import doctor as command
+from pathswitch.config import load_plan_file
 from pathswitch.errors import PathSwitchError
-from pathswitch.launch.doctor import CHECKS, SECONDS, SPARE_SECONDS, Check, Finding, Request, diagnose, examine
+from pathswitch.launch.doctor import (
+    CHECKS,
+    SECONDS,
+    SPARE_SECONDS,
+    Check,
+    Finding,
+    Request,
+    Subject,
+    diagnose,
+    examine,
+    examine_apart,
+)
+from pathswitch.launch.spec import job_specs
+from pathswitch.launch.submit import rendered, write_files
 
 PATHSWITCH = str(Path(sys.executable).with_name("pathswitch"))
 FINDINGS = [
@@ -90,6 +104,7 @@ def test_a_plan_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
         ('kind = "hostfile"\nhostfile = "none.txt"', "hostfile: "),
         ('kind = "hostfile"\nhostfile = "hosts.txt"\nnodes = 2', "[launch] nodes: 2"),
         ('kind = "local"\nnodes = 2', "[launch] nodes: 2"),
+        ('command = ["x", "{ds_config}"]\nds_config = "none.json"', "[launch] ds_config: "),
     ],
 )
 def test_a_plan_that_cannot_be_launched_is_a_finding_beside_the_others(
@@ -113,6 +128,37 @@ def test_the_hostfile_of_a_plan_is_beside_it_and_another_one_takes_its_place(tmp
     assert ([host.name for host in subject.hosts], findings) == (["hA"], [])
     subject, findings = Request(plan, hostfile=tmp_path / "others.txt").subject(os.environ, 9)
     assert ([host.name for host in subject.hosts], findings, subject.several_nodes) == (["hB", "hC"], [], True)
+
+
+def test_a_hostfile_takes_the_place_of_this_machine(tmp_path: Path) -> None:
+    (tmp_path / "hosts.txt").write_text("hA slots=2\n")
+    plan = tmp_path / "plan.toml"
+    plan.write_text('[schedule]\nmax_lr = 1e-3\n[[versions]]\nname = "v1"\nsteps = 9\n')
+    subject, findings = Request(plan, hostfile=tmp_path / "hosts.txt").subject(os.environ, 9)
+    assert (subject.kind, subject.launch.kind, findings) == ("hostfile", "hostfile", [])
+
+
+def test_a_run_is_examined_as_it_was_submitted(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    (tmp_path / "hosts.txt").write_text("hA slots=2\n")
+    launch = '[launch]\nkind = "hostfile"\nhostfile = "hosts.txt"\ncommand = ["train.py"]\n'
+    plan.write_text(f'[schedule]\nmax_lr = 1e-3\n[[versions]]\nname = "v1"\nsteps = 9\n{launch}')
+    run = tmp_path / "elsewhere" / "run"
+    specs = job_specs(load_plan_file(plan), tmp_path, run)
+    write_files(rendered(specs, None))
+    (run / "plan.toml").write_text(plan.read_text())
+    subject, findings = Request(run=run).subject(os.environ, 9)
+    assert findings == [] and subject.specs == tuple(specs)
+    assert [host.name for host in subject.hosts] == ["hA"] and subject.working_folder == tmp_path
+
+
+def test_an_examination_that_breaks_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    def breaks() -> list[Finding]:
+        raise ZeroDivisionError("at the worst moment")
+
+    [finding] = examine_apart(breaks, 9)
+    assert finding.found == "ended by itself, without a result"
+    assert "at the worst moment" in capfd.readouterr().err
 
 
 def test_the_time_is_limited_whatever_hangs(tmp_path: Path) -> None:
@@ -156,6 +202,20 @@ def test_programs_are_ended_with_their_children(tmp_path: Path) -> None:
     assert time.monotonic() - start < 5
     assert (output.code, output.stdout) == (None, "out\n")
     assert is_gone(int(pid.read_text()))
+
+
+def test_programs_of_checks_that_hang_are_ended(tmp_path: Path) -> None:
+    examined, pids = subject(seconds=0.5), []
+
+    def hangs(given: Subject) -> Iterator[Finding]:
+        pids.append(given.programs.start(["sleep", "300"]).pid)
+        time.sleep(60)
+        yield Finding("never", "ok", "")
+
+    assert [finding.status for finding in examine(examined, (Check("slow", hangs, "do this"),))] == ["problem"]
+    assert is_gone(pids[0])
+    with pytest.raises(TimeoutError):
+        examined.programs.start(["sleep", "300"])
 
 
 def is_gone(pid: int) -> bool:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from doctor_subject import by_name, program, subject
+from doctor_subject import SCHEDULE, by_name, program, subject
 
+from pathswitch.config import PlanFile
 from pathswitch.config.launch import LaunchSection
 from pathswitch.launch.doctor import CHECKS, accelerator, examine, packages
+from pathswitch.launch.spec import job_specs
 
 
 def metadata(folder: Path, name: str, version: str) -> str:
@@ -145,6 +149,15 @@ def test_what_is_said_of_gpus(known: dict[str, object], variables: dict[str, str
     assert finding.status == status and words in f"{finding.found} {finding.todo}"
     if known.get("devices"):
         assert "driver 570.86.15" in finding.found
+
+
+def test_more_ranks_than_gpus(tmp_path: Path) -> None:
+    launch = {"gpus_per_node": 3, "command": ["train.py"]}
+    plan = PlanFile.model_validate_json(json.dumps({**SCHEDULE, "launch": launch}))
+    examined = replace(subject(), plan=plan, specs=tuple(job_specs(plan, tmp_path, tmp_path / "run")))
+    for count, status in ((2, "problem"), (3, "ok")):
+        known = CUDA | {"devices": ["H100"] * count}
+        assert accelerator.gpu_finding(examined, known, NO_OUTPUT, "no nvidia-smi").status == status
 
 
 @pytest.mark.parametrize(("release", "status"), [("13.1", "ok"), ("12.8", "problem")])

@@ -16,14 +16,13 @@ from pathswitch.launch.doctor import Finding, facts, hosts
 # The host's name, behind ssh's options, says what it is like; what follows it is a line for the shell there.
 SSH = """
 while true; do case "$1" in -*) shift;; *) break;; esac; done
-host=$1; shift; export PYTHONPATH={folder}/named
+host=$1; shift; export PYTHONPATH={folder}/named${{PYTHONPATH:+:$PYTHONPATH}}
 case $host in
   good*) exec sh -c "$*";;
-  nameless) unset PYTHONPATH; exec sh -c "$*";;
-  ahead) PYTHONPATH={folder}/ahead exec sh -c "$*";;
+  ahead) PYTHONPATH={folder}/ahead:$PYTHONPATH exec sh -c "$*";;
   slow) sleep 1.5; exec sh -c "$*";;
-  old) PYTHONPATH={folder}/named:{folder}/old exec sh -c "$*";;
-  changed) PYTHONPATH={folder}/named:{folder}/changed exec sh -c "$*";;
+  old) PYTHONPATH={folder}/old:$PYTHONPATH exec sh -c "$*";;
+  changed) PYTHONPATH={folder}/changed:$PYTHONPATH exec sh -c "$*";;
   talkative) echo 'Welcome to this machine'; exec sh -c "$*";;
   bare) PATH=/none exec /bin/sh -c "$*";;
   empty) exec sh -c "$(echo "$*" | sed 's|{python}|/none/bin/python|')";;

@@ -56,11 +56,22 @@ def test_locks_are_looked_for_where_torch_keeps_extensions_by_itself(tmp_path: P
         assert machine.extension_folders(environ | more) == [Path(done.stdout.strip())]
 
 
+# Python's own mmap keeps the file open.
+MAPPING = """
+import ctypes, sys
+mmap = ctypes.CDLL(None).mmap
+mmap.argtypes, mmap.restype = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long], ctypes.c_void_p
+with open(sys.argv[1], "r+b") as file:
+    assert mmap(None, 4096, 1, 1, file.fileno(), 0) != ctypes.c_void_p(-1).value
+print(flush=True)
+input()
+"""
+
+
 @contextmanager
 def mapped(file: Path) -> Iterator[None]:
     """A process that has a file mapped, and not open any more."""
-    mapping = "f = open(sys.argv[1], 'r+b'); m = mmap.mmap(f.fileno(), 0); f.close()"
-    line = [sys.executable, "-c", f"import mmap, sys; {mapping}; print(flush=True); input()", str(file)]
+    line = [sys.executable, "-c", MAPPING, str(file)]
     with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline()
         yield

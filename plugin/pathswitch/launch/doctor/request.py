@@ -12,7 +12,11 @@ from pathswitch.launch.doctor.findings import Finding, Subject, problem
 from pathswitch.launch.doctor.programs import Programs
 from pathswitch.launch.hosts import Host, first_hosts, read_hostfile
 from pathswitch.launch.spec import JobSpec, job_specs, load_spec
+from pathswitch.launch.submit import read_ds_config, rendered
 from pathswitch.run_folder import PLAN_FILE
+
+# Stands for the run folder where none is given.
+UNNAMED_RUN = "run"
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,9 @@ class Request:
             findings.append(problem("plan", f"{error.where}: {error.given!r}", f"allowed: {error.allowed}"))
         except RunError as error:
             findings.append(problem("plan", str(error), "pathswitch submit PLAN.toml --out RUN"))
-        return Subject(Programs(environ, seconds), plan, specs, self.run, hosts), findings
+        # A run is known by the one name that its jobs have, from wherever it is looked at.
+        run = self.run and self.run.resolve()
+        return Subject(Programs(environ, seconds), plan, specs, run, hosts), findings
 
     def _plan(self) -> PlanFile | None:
         path = self.plan_path
@@ -66,7 +72,10 @@ class Request:
             return ()
         if self.plan_path is not None:
             base = self.plan_path.parent
-            return tuple(job_specs(plan, base, self.run or base))
+            ds_config = read_ds_config(plan, base)
+            specs = tuple(job_specs(plan, base, self.run or base / UNNAMED_RUN, ds_config=ds_config))
+            rendered(specs, ds_config)  # raises what submission would raise
+            return specs
         assert self.run is not None
         return tuple(load_spec(file) for file in sorted(self.run.glob("*/*/job.json")))
 
