@@ -233,7 +233,10 @@ class Agent:
             return ("cancelled" if cancelled else "unsaved" if unsaved else "stopped"), reason
         if failure is not None:
             return "failed", failure
-        if code == 0 and self._durable_step() > step:
+        now = self._durable_step()
+        if code == 0 and now > step and any(part.end_step == now for part in self.spec.parts):
+            return "completed", ""  # a part of the path; the next has a command of its own
+        if code == 0 and now > step:
             return "stopped", "the ranks saved and ended by themselves"  # a signal that reached them alone
         sys.stdout.flush()
         return "failed", f"exit code {code}: {failure_reason(self.spec.files.log, log_start)}"

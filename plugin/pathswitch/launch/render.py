@@ -29,7 +29,7 @@ def job_name(spec: JobSpec) -> str:
     return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', Path(spec.run).name).lstrip('-')}-{spec.path}"
 
 
-def sbatch_script(spec: JobSpec, agent_python: str = sys.executable) -> str:
+def sbatch_script(spec: JobSpec) -> str:
     """Return the batch script of a job: options of sbatch, the environment, and the agent in the script's place.
 
     Raises:
@@ -59,7 +59,7 @@ def sbatch_script(spec: JobSpec, agent_python: str = sys.executable) -> str:
         name, equals, value = option.partition("=")
         lines.append(_sbatch_line(name, value) if equals else f"#SBATCH {name}")
     # -P: nothing in the plan's folder takes the place of a module of ours, or of Python's.
-    agent = [agent_python, "-P", "-u", "-m", "pathswitch.launch.agent", str(spec.files.job)]
+    agent = [sys.executable, "-P", "-u", "-m", "pathswitch.launch.agent", str(spec.files.job)]
     body = [
         *(f"export {name}={shlex.quote(value)}" for name, value in launch.env.items()),
         *(f"module load {shlex.quote(module)}" for module in launch.modules),

@@ -170,7 +170,10 @@ def _checkpoint_settings(plan_file: PlanFile, ds_config: Mapping[str, Any] | Non
     if MEGATRON_ARGS in plan_file.launch.command:
         return plan_file.megatron.checkpoint
     if plan_file.launch.command:
-        return read_section(ds_config or {}).checkpoint
+        section = (ds_config or {}).get("pathswitch", {})
+        if isinstance(section, Mapping) and isinstance(job := section.get("job"), Mapping):
+            section = {**section, "job": {"save_dir": "{path}", **job}}  # which the job's own files fill in
+        return read_section({"pathswitch": section}).checkpoint
     return read_section(plan_file.deepspeed).checkpoint
 
 
