@@ -90,7 +90,8 @@ def unavailable(simulated: bool = False) -> str:
 def parse_job(line: str) -> dict[str, str]:
     """Return the fields of a line of ``scontrol show job -o``; values may contain spaces."""
     fields = re.split(r" (?=[A-Z][A-Za-z/:_]*=)", line.strip())
-    return dict(field.split("=", 1) for field in fields)
+    pairs = (field.split("=", 1) for field in fields)
+    return {key: value.strip() for key, value in pairs}
 
 
 class Cluster:
@@ -169,6 +170,16 @@ class Cluster:
     def wait_for_state(self, job_id: int, state: str, timeout: float = 60) -> None:
         """Wait until a job is in a state, such as RUNNING or COMPLETED."""
         self.wait_for(lambda: self.job(job_id)["JobState"] == state, timeout, f"job {job_id} is {state}")
+
+    def reset(self) -> None:
+        """End all jobs, and have all nodes up and idle, whatever a test has left."""
+        self.run("scancel", "--me")
+        for name in self.nodes:
+            if name not in self._running:
+                self._start_node(name)
+        for name in self.run("sinfo", "-h", "-N", "-p", "main", "-t", "down,drain", "-o", "%N").split():
+            self.run("scontrol", "update", f"NodeName={name}", "State=RESUME")
+        self._wait_for_nodes(self.nodes)
 
     def state(self) -> str:
         """Return jobs, nodes and the end of the controller's log, for a message."""

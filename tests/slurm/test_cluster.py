@@ -121,7 +121,7 @@ with Cluster(Path(sys.argv[1]), nodes=1) as cluster:
 
 
 def test_jobs_are_parsed_with_spaces_in_their_values() -> None:
-    line = "JobId=7 JobName=a b UserId=root(0) GroupId=root(0) MCS_label=N/A ReqB:S:C:T=0:0:*:* Command=/x y=1 Power= "
+    line = "JobId=7 JobName=a b UserId=root(0) GroupId=root(0) MCS_label=N/A ReqB:S:C:T=0:0:*:* Command=/x y=1  Power= "
     assert parse_job(line) == {
         "JobId": "7",
         "JobName": "a b",
