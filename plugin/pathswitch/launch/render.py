@@ -107,16 +107,16 @@ def job_ds_config(spec: JobSpec, base: Mapping[str, Any], where: str) -> dict[st
     Raises:
         ConfigError: it has another scheduler, or says itself what follows from the job.
     """
-    scheduler = base.get("scheduler", {})
-    params = scheduler.get("params", {}) if isinstance(scheduler, Mapping) else {}
-    if scheduler and (not isinstance(scheduler, Mapping) or scheduler.get("type") != SCHEDULER):
-        raise ConfigError(f"{where}: scheduler", given=scheduler, allowed=f"none, or one of type {SCHEDULER!r}")
+    scheduler = _object(base, "scheduler", where)
+    params = _object(scheduler, "params", f"{where}: scheduler")
+    if scheduler and scheduler.get("type") != SCHEDULER:
+        raise ConfigError(f"{where}: scheduler", given=dict(scheduler), allowed=f"none, or one of type {SCHEDULER!r}")
     if other := sorted(params.keys() - {"plan", "path", "paradigm", "initial_step"}):
         allowed = "plan, path, paradigm and initial_step: the plan file holds the rest"
         raise ConfigError(f"{where}: scheduler params", given=", ".join(other), allowed=allowed)
     plan = {"plan": str(Path(spec.run, PLAN_FILE)), "path": spec.path, "paradigm": spec.paradigm}
-    section = dict(base.get("pathswitch", {}))
-    job = {"save_dir": str(spec.files.checkpoints), **section.get("job", {})}
+    section = dict(_object(base, "pathswitch", where))
+    job = {"save_dir": str(spec.files.checkpoints), **_object(section, "job", f"{where}: pathswitch")}
     for key, given, own in (
         ("run", section.get("run"), spec.run),
         ("job.save_dir", job["save_dir"], str(spec.files.checkpoints)),
@@ -127,6 +127,13 @@ def job_ds_config(spec: JobSpec, base: Mapping[str, Any], where: str) -> dict[st
     job.setdefault("signals", list(dict.fromkeys(["SIGTERM", spec.launch.signal])))
     section |= {"run": spec.run, "job": job}
     return {**base, "scheduler": {"type": SCHEDULER, "params": {**params, **plan}}, "pathswitch": section}
+
+
+def _object(content: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    value = content.get(key, {})
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: {key}", given=value, allowed="an object in JSON")
+    return value
 
 
 def job_files(spec: JobSpec, ds_config: Mapping[str, Any] | None = None) -> dict[Path, str]:
