@@ -106,7 +106,7 @@ def test_a_torch_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
     launch = LaunchSection(python=str(program(tmp_path / "bin", "python", "exec sleep 300")))
     start = time.monotonic()
     findings = by_name(list(accelerator.check(subject(launch=launch, seconds=1))))
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
     assert findings["import torch"].found == "did not end within 1 s"
 
 

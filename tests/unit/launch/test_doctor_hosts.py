@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from doctor_subject import by_name, program, subject
 
 from pathswitch.config.launch import LaunchSection
 from pathswitch.launch.doctor import Finding, facts, hosts
+from pathswitch.launch.hosts import Host
 
 # The host's name, behind ssh's options, says what it is like; what follows it is a line for the shell there.
 SSH = """
@@ -20,7 +25,7 @@ host=$1; shift; export PYTHONPATH={folder}/named${{PYTHONPATH:+:$PYTHONPATH}}
 case $host in
   good*) exec sh -c "$*";;
   ahead) PYTHONPATH={folder}/ahead:$PYTHONPATH exec sh -c "$*";;
-  slow) sleep 1.5; exec sh -c "$*";;
+  slow*) sleep 1.5; exec sh -c "$*";;
   old) PYTHONPATH={folder}/old:$PYTHONPATH exec sh -c "$*";;
   changed) PYTHONPATH={folder}/changed:$PYTHONPATH exec sh -c "$*";;
   talkative) echo 'Welcome to this machine'; exec sh -c "$*";;
@@ -112,16 +117,15 @@ def test_a_host_that_does_not_answer(world: Path, host: str, todo: str) -> None:
 
 def test_hosts_that_hang_are_not_waited_for(world: Path) -> None:
     start = time.monotonic()
-    names = [f"good{number}" for number in range(3)] + ["hanging"]
-    findings = asked(world, *names, seconds=4)
-    assert time.monotonic() - start < 8
+    findings = asked(world, "good1", "good2", "good3", "hanging", seconds=8)
+    assert time.monotonic() - start < hosts.HOST_SECONDS - 1
     assert "no answer" in of_host(findings, "hanging").found
     assert "3 of 4 answer" in findings[2].found
 
 
 def test_a_clock_that_is_ahead(world: Path) -> None:
     finding = of_host(asked(world, "good", "ahead"), "ahead")
-    assert finding.status == "problem" and "its clock is +5.0 ± 0.0 s from" in finding.found
+    assert finding.status == "problem" and "its clock is +5.0 ± " in finding.found
     assert finding.todo.startswith("ssh ahead chronyc makestep")
 
 
@@ -187,7 +191,7 @@ def test_open_mpi_is_needed_on_hosts_too(world: Path) -> None:
     [(False, {}, "problem"), (True, {}, "note"), (False, {"GLOO_SOCKET_IFNAME": "lo"}, "")],
 )
 def test_a_host_whose_name_no_other_host_can_reach(gpu: bool, variables: dict[str, str], status: str) -> None:
-    machine = {"hostname": "nameless", "addresses": ["127.0.1.1"], "interfaces": ["lo"], "has_gpu": gpu}
+    machine = {"hostname": "nameless", "addresses": ["127.0.1.1"], "interfaces": ["lo"], "gpus": int(gpu)}
     answers = hosts.Answers("nameless", machine=machine)
     findings = list(hosts.network_troubles(subject(hosts=("nameless", "good"), **variables), answers))
     assert "".join(finding.status for finding in findings) == status
@@ -219,11 +223,40 @@ def test_a_run_folder_that_cannot_be_written(world: Path) -> None:
     assert findings[-1].status == "problem" and "not asked: /proc/none cannot be written" in findings[-1].found
 
 
+def test_more_slots_than_gpus(world: Path) -> None:
+    """No GPU was at hand: what the hosts say is made up."""
+    here = facts.Server().machine(list(hosts.PACKAGES), [], str(world)) | {"addresses": ["192.0.2.7"]}
+    given = [("two", 2), ("one", 1), ("none", 0)]
+    answers = [hosts.Answers(name, machine=here | {"gpus": gpus}) for name, gpus in given]
+    examined = replace(subject(), hosts=tuple(Host(name, 2) for name, _ in given))
+    findings = by_name(list(hosts.judged(examined, answers)))
+    assert findings["hosts"].found.startswith("1 of 3")
+    assert findings["host one"].found == "has 1 GPUs, the hostfile gives it slots=2"
+    assert findings["host none"].todo.startswith("none slots=0 in the hostfile")
+    without = [hosts.Answers(name, machine=here | {"gpus": 0}) for name, _ in given]
+    assert by_name(list(hosts.judged(examined, without)))["hosts"].found.startswith("3 of 3"), "ranks on CPUs"
+
+
+def test_an_interrupt_ends_everything(world: Path) -> None:
+    (world / "hosts.txt").write_text("hanging slots=1\n")
+    line = [str(Path(sys.executable).with_name("pathswitch")), "doctor", "--hostfile", str(world / "hosts.txt")]
+    environ = os.environ | {"PATH": f"{world}/bin:{os.environ['PATH']}"}
+    with subprocess.Popen(line, env=environ, start_new_session=True, stdout=subprocess.DEVNULL) as doctor:
+        wait_until(lambda: of_world(world))
+        os.killpg(doctor.pid, signal.SIGINT)
+        assert doctor.wait(10) != 0
+    wait_until(lambda: not of_world(world))
+
+
 def test_nothing_of_it_stays_on_a_host(world: Path) -> None:
     asked(world, "good1", "good2")
-    deadline = time.monotonic() + 20
-    while of_world(world):
-        assert time.monotonic() < deadline, of_world(world)
+    wait_until(lambda: not of_world(world))
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
@@ -241,6 +274,6 @@ def of_world(world: Path) -> list[str]:
 
 def test_many_hosts_are_asked_at_once(world: Path) -> None:
     start = time.monotonic()
-    findings = asked(world, *(["slow"] + [f"good{number}" for number in range(11)]))
+    findings = asked(world, *(f"slow{number}" for number in range(12)))
     assert "12 of 12 answer" in findings[2].found
-    assert time.monotonic() - start < 12
+    assert time.monotonic() - start < 12 * 1.5

@@ -17,6 +17,7 @@ from pathswitch.errors import PathSwitchError
 from pathswitch.launch.doctor.findings import Finding, problem
 
 CHUNK = 1 << 16
+END_SECONDS = 5.0
 
 
 def examine_apart(examination: Callable[[], list[Finding]], seconds: float) -> list[Finding]:
@@ -33,11 +34,13 @@ def examine_apart(examination: Callable[[], list[Finding]], seconds: float) -> l
         os.close(reader)
         _tell(examination, writer)
     os.close(writer)
+    patience_seconds = END_SECONDS  # after an interrupt, which it gets as well
     try:
         told = _read(reader, time.monotonic() + seconds)
+        patience_seconds = 0.0  # it has ended by itself what it could
     finally:
         os.close(reader)
-        _leave(child)
+        _leave(child, patience_seconds)
     if told is None:
         todo = "ls the plan, the run folder and the hostfile: repair or leave the file system that hangs"
         return [problem("examination", f"held up for more than {seconds:.0f} s", todo)]
@@ -58,6 +61,8 @@ def _tell(examination: Callable[[], list[Finding]], writer: int) -> None:
             content = {"error": str(error)}
         with os.fdopen(writer, "w") as pipe:
             json.dump(content, pipe)
+    except KeyboardInterrupt:
+        pass
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
@@ -76,8 +81,12 @@ def _read(reader: int, deadline: float) -> bytes | None:
     return None
 
 
-def _leave(child: int) -> None:
-    """End the child, but never wait for one that does not end."""
+def _leave(child: int, patience_seconds: float) -> None:
+    """Let the child end what it has started; never wait for one that does not end."""
+    deadline = time.monotonic() + patience_seconds
     with suppress(ProcessLookupError, ChildProcessError):
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, os.WNOHANG)
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+                return
+            time.sleep(0.01)

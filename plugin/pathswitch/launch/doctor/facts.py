@@ -138,7 +138,7 @@ class Server:
             "hostname": socket.gethostname(),
             "addresses": addresses(socket.gethostname()),
             "interfaces": interfaces(),
-            "has_gpu": os.path.exists("/dev/nvidia0"),
+            "gpus": sum(name[6:].isdecimal() for name in os.listdir("/dev") if name.startswith("nvidia")),
             "has_folder": os.path.isdir(folder),
         }
 

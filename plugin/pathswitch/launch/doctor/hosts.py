@@ -250,6 +250,12 @@ def judged(subject: Subject, hosts: list[Answers]) -> Iterator[Finding]:
     """Report the hosts that are as they should be in one finding, and each trouble of the others in one of its own."""
     reference = facts.versions(list(PACKAGES)) | {"code": facts.code_digest()}
     findings = {host.name: list(troubles(subject, host, reference)) for host in hosts}
+    most_gpus = max((host.machine["gpus"] for host in hosts if not host.silence), default=0)
+    for host, slots in zip(hosts, (line.slots for line in subject.hosts), strict=True):
+        if not host.silence and most_gpus and host.machine["gpus"] < slots:
+            found = f"has {host.machine['gpus']} GPUs, the hostfile gives it slots={slots}"
+            todo = f"{host.name} slots={host.machine['gpus']} in the hostfile; ssh {host.name} nvidia-smi"
+            findings[host.name].append(problem(f"host {host.name}", found, todo))
     well = [host for host in hosts if all(finding.status == "note" for finding in findings[host.name])]
     if well:
         ahead = max((host.ahead_seconds for host in well), key=abs)
@@ -312,7 +318,7 @@ def network_troubles(subject: Subject, host: Answers) -> Iterator[Finding]:
         found = f"its own name, {own}, has no address that others can reach: its ranks' gloo would offer that one"
         todo = f"in /etc/hosts there, `<address> {own}` in place of 127.*; or export GLOO_SOCKET_IFNAME=<interface>"
         # NCCL looks at interfaces, and not at the name.
-        yield note(name, found, todo) if host.machine["has_gpu"] else problem(name, found, todo)
+        yield note(name, found, todo) if host.machine["gpus"] else problem(name, found, todo)
     if host.unconnected is not None:
         todo = "open TCP ports between the hosts: iptables -L -n, ufw status; or MASTER_ADDR=<an address they reach>"
         yield problem(name, host.unconnected, todo)
