@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import ds_job
+import ds_ranks
 from rich.console import Console
 from rich.table import Table
 from small_disks import NO_DISKS, small_disks
@@ -24,7 +24,7 @@ def measure(folder: Path) -> Faults:
     """Return, per stage, fault and action, what each of the two ranks saw."""
     (out := folder / "out").mkdir()
     with small_disks(folder / "disks") as disks:
-        job = ds_job.run(ds_job.deepspeed_command("worker_faults.py", str(out)), folder, disks, timeout_seconds=400)
+        job = ds_ranks.run("worker_faults.py", str(out), folder=folder, extra=disks, timeout_seconds=400)
     assert job.returncode == 0, job.output[-4000:]
     ranks = [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     return {

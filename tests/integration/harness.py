@@ -17,6 +17,10 @@ from typing import Any
 import deepspeed
 import torch
 
+# DeepSpeed's all-reduce in shared memory takes a minute to compile, and its ranks wait for each other in a loop that
+# keeps a core busy; the embedded trainer does without it as well.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 USED_LRS: list[float] = []
 # torch.optim deletes the names of its submodules.
 _adam_module = sys.modules["torch.optim.adam"]

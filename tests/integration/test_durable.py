@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ds_job
+import ds_ranks
 import pytest
 from harness import PLAN
+from preloaded import Finished
 from small_disks import NO_DISKS, small_disks
 
 from pathswitch.config import plan_from_params
@@ -25,16 +26,16 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory, disks: dict[str, str]) -> ds_job.Finished:
+def job(tmp_path_factory: pytest.TempPathFactory, disks: dict[str, str]) -> Finished:
     folder = tmp_path_factory.mktemp("durable")
     (folder / "out").mkdir()
-    finished = ds_job.run(ds_job.deepspeed_command("worker_durable.py", str(folder / "out")), folder, disks, 300)
+    finished = ds_ranks.run("worker_durable.py", str(folder / "out"), folder=folder, extra=disks)
     assert finished.returncode == 0, finished.output[-4000:]
-    return ds_job.Finished(0, f"{folder / 'out'}\n{finished.output}")
+    return Finished(0, f"{folder / 'out'}\n{finished.output}")
 
 
 @pytest.fixture(scope="module")
-def records(job: ds_job.Finished) -> list[dict[str, Any]]:
+def records(job: Finished) -> list[dict[str, Any]]:
     """What each rank saw."""
     folder = Path(job.output.partition("\n")[0])
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
@@ -104,7 +105,7 @@ def test_what_a_ds_config_alone_changes_comes_from_the_checkpoint(records: list[
         assert (used["norm"] == pytest.approx(0.002, rel=0.01)) == clipped_by_config
 
 
-def test_what_comes_from_the_checkpoint_is_said(job: ds_job.Finished) -> None:
+def test_what_comes_from_the_checkpoint_is_said(job: Finished) -> None:
     assert "weight_decay of param group 0: ds_config 0.7, checkpoint 0.1: the checkpoint's holds" in job.output
     assert "gradient_clipping: ds_config 0.002, checkpoint 1.0: the checkpoint's holds" in job.output
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import ds_job
+import ds_ranks
 import pytest
 
 from pathswitch.config import plan_from_params
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one job that tries everything."""
     folder = tmp_path_factory.mktemp("refusals")
-    job = ds_job.run(ds_job.deepspeed_command("worker_refusals.py", str(folder)), folder, timeout_seconds=300)
+    job = ds_ranks.run("worker_refusals.py", str(folder), folder=folder)
     assert job.returncode == 0, job.output[-4000:]
     return folder
 

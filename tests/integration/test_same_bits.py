@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import ds_job
+import ds_ranks
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -17,8 +17,7 @@ def records(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """What each rank saw: ``whole`` and ``resumed``."""
     ranks, folder = request.param, tmp_path_factory.mktemp(f"bits{request.param}")
     for mode in ("whole", "killed", "resumed"):
-        command = ds_job.deepspeed_command("worker_bits.py", f"--mode={mode}", str(folder), ranks=ranks)
-        job = ds_job.run(command, folder, timeout_seconds=200)
+        job = ds_ranks.run("worker_bits.py", f"--mode={mode}", str(folder), folder=folder, ranks=ranks)
         assert (job.returncode == 0) == (mode != "killed"), job.output[-4000:]
 
     def read(mode: str, rank: int) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import ds_job
+import ds_ranks
 import pytest
 from harness import PLAN
 from small_disks import NO_DISKS, small_disks
@@ -27,10 +27,8 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder, result = tmp_path_factory.mktemp("sizes"), {}
     with small_disks(folder / "disks") as disks:
         for name, ranks, other in JOBS:
-            command = ds_job.deepspeed_command(
-                "worker_sizes.py", f"--name={name}", f"--load={other}", str(folder), ranks=ranks
-            )
-            job = ds_job.run(command, folder, disks, timeout_seconds=200)
+            flags = (f"--name={name}", f"--load={other}")
+            job = ds_ranks.run("worker_sizes.py", *flags, str(folder), folder=folder, ranks=ranks, extra=disks)
             assert job.returncode == 0, job.output[-4000:]
             result[name] = json.loads((folder / f"{name}_record" / "rank0.json").read_text())
     return result

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-import ds_job
+import ds_ranks
 import pytest
 
 from pathswitch.config import plan_from_params
@@ -42,7 +41,7 @@ def one_group(*args: Any, **kwargs: Any) -> list[list[float]]:
 def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Both ranks' records of one job that runs everything."""
     folder = tmp_path_factory.mktemp("matrix")
-    job = ds_job.run(ds_job.deepspeed_command("worker_matrix.py", str(folder)), Path(folder), timeout_seconds=500)
+    job = ds_ranks.run("worker_matrix.py", str(folder), folder=folder, timeout_seconds=500)
     assert job.returncode == 0, job.output[-4000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 

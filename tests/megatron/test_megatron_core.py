@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import core_ranks
 import pytest
 from typer.testing import CliRunner
 
@@ -21,8 +20,6 @@ from pathswitch.config import build_plan, load_plan_file
 from pathswitch.versions.ledger import run_ledger
 
 pytestmark = pytest.mark.slow
-HERE = Path(__file__).parent
-SECONDS = 120
 PLAN = """
 [schedule]
 max_lr = 1e-3
@@ -47,13 +44,10 @@ class Core:
     def train(self, name: str, jobs: list[dict[str, Any]], plan: str = "plan.toml", *, dies: bool = False) -> list[Any]:
         """Train jobs in one launch; return for each job what every rank says."""
         (self.folder / f"{name}.json").write_text(json.dumps(jobs))
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATHSWITCH_PLAN": plan, "PYTHONWARNINGS": "ignore"}
-        command = [*launch, str(HERE / "worker_core.py"), f"{name}.json"]
-        result = subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+        result = core_ranks.run(
+            "worker_core.py", f"{name}.json", folder=self.folder, ranks=self.ranks, extra={"PATHSWITCH_PLAN": plan}
         )
-        assert (result.returncode != 0) == dies, result.stderr[-4000:]
+        assert (result.returncode != 0) == dies, result.output[-4000:]
         if dies:
             return []
         ranks = [json.loads((self.folder / f"{name}-rank{rank}.json").read_text()) for rank in range(self.ranks)]

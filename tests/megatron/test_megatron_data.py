@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import core_ranks
 import numpy as np
 import pytest
 
@@ -19,7 +17,6 @@ from pathswitch.config import load_plan_file
 from pathswitch.data import IndexedTokens, IndexedWriter, VersionText, prepare
 from pathswitch.launch.megatron import megatron_job
 
-WORKER = Path(__file__).with_name("worker_megatron_data.py")
 SEQ_LEN, BATCH_SIZE, VOCAB_SIZE = 16, 4, 300
 # A version's file holds about 47 samples, so each version of 100 samples goes round more than once.
 STEPS = {"v1": 10, "v2": 25, "v3": 25}
@@ -111,10 +108,9 @@ def write_documents(prefix: Path, first_id: int, seed: int) -> list[list[int]]:
 
 def read_by_megatron(folder: Path, requests: dict[str, Any]) -> dict[str, list[list[int]]]:
     (folder / "requests.json").write_text(json.dumps(requests))
-    command = [sys.executable, "-W", "ignore", str(WORKER), str(folder / "requests.json"), str(folder / "answers.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    files = (str(folder / "requests.json"), str(folder / "answers.json"))
+    done = core_ranks.run("worker_megatron_data.py", *files, folder=folder, extra={"TMPDIR": str(folder)})
+    assert done.returncode == 0, done.output[-3000:]
     answers: dict[str, list[list[int]]] = json.loads((folder / "answers.json").read_text())
     return answers
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import core_ranks
 import pytest
 import torch
 from megatron_files import ARGUMENTS, ROWS, VOCABULARY, Tensors, commit, megatron_tensors, save, weights
@@ -27,7 +28,6 @@ from pathswitch_megatron import export
 from pathswitch_megatron.export import MegatronCheckpoint, export_checkpoint, llama_config, true_vocab_size
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-WORKER = Path(__file__).with_name("worker_megatron_export.py")
 
 
 @pytest.fixture(scope="module")
@@ -305,18 +305,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("megatron") is None:
         pytest.skip("megatron-core is not installed")
     folder = tmp_path_factory.mktemp("megatron")
-    with (folder / "log").open("w") as log:
-        ranks = [
-            subprocess.Popen([sys.executable, str(WORKER), str(folder), str(rank)], stdout=log, stderr=log)
-            for rank in range(2)
-        ]
-        try:
-            codes = [rank.wait(timeout=180) for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-    assert codes == [0, 0], (folder / "log").read_text()[-3000:]
+    done = core_ranks.run("worker_megatron_export.py", str(folder), folder=folder, ranks=2)
+    assert done.returncode == 0, done.output[-3000:]
     return folder
 
 

@@ -1,6 +1,6 @@
 """Save small LLaMAs of megatron-core in several parallelisms; test_megatron_export.py runs it as RANK of two.
 
-    python worker_megatron_export.py FOLDER RANK
+    RANK=0 python worker_megatron_export.py FOLDER
 
 Writes FOLDER/<model>-<parallelism>/, a checkpoint as Megatron-LM saves it, and FOLDER/<model>.pt with the tokens and
 megatron-core's own logits.
@@ -185,4 +185,4 @@ def main(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(os.environ["RANK"]))
