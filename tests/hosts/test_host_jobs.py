@@ -62,40 +62,24 @@ def test_the_end_of_one_job_is_not_the_end_of_another(beating: Jobs) -> None:
     assert jobs.orphans(jobs.id_of("v1")) == {} == processes_of(jobs, "v1")
 
 
-def test_a_host_that_is_lost(beating: Jobs, hosts: TwoHosts) -> None:
+def test_a_host_that_was_silent_for_a_while_is_not_lost_and_one_that_was_restarted_is(
+    beating: Jobs, hosts: TwoHosts
+) -> None:
     jobs = beating
     job = jobs.start("main")
     wait(lambda: jobs.beats("main"), "the job to run")
     hosts.link("hB", "down")
-    time.sleep(4)  # not yet lost
+    time.sleep(4)
     hosts.link("hB", "up")
     wait(lambda: hosts.answers("hB", to="hA"), "hB to answer")
+    time.sleep(4)  # beyond what would be too long in all
     assert job.poll() is None and jobs.beats("main")
 
-    lost_at = time.time()
-    hosts.link("hB", "down")
-    lost = jobs.result("main", job)
-    assert lost["failure"].startswith("host hB has not answered for 8 s"), lost
-    assert 4 < lost["failed_at"] - lost_at < 8 + 2
-    on_a, on_b = lost["ended"]
-    assert on_a.startswith("hA: 2 processes outlived the launcher, ended: pid ") and "beat.py" in on_a
-    assert on_b.startswith("hB: not searched for processes of the job: host hB ")
-    assert len(processes_of(jobs, "main")) == 2, "hB does not know"
-
-    job = jobs.start("main")
-    hosts.link("hB", "up")
-    wait(lambda: len(processes_of(jobs, "main")) > 5 and jobs.beats("main"), "the job to run again")
-    (jobs.folder / "run" / "path_switching" / "main" / "stop").write_text("")
-    again = jobs.result("main", job)
-    assert (again["code"], again["failure"], again["ended"]) == (0, None, [])
-    assert processes_of(jobs, "main") == {}
-
-
-def test_a_host_that_was_restarted(beating: Jobs, hosts: TwoHosts) -> None:
-    jobs = beating
-    job = jobs.start("main")
-    wait(lambda: jobs.beats("main"), "the job to run")
     hosts.kill("hB")
     hosts.restart("hB")
-    assert jobs.result("main", job)["failure"] == "host hB was restarted: the job's processes there are gone"
+    restarted_at = time.time()
+    result = jobs.result("main", job)
+    assert result["failure"] == "host hB was restarted: the job's processes there are gone"
+    assert result["failed_at"] - restarted_at < 20
+    assert [line.split(" outlived")[0] for line in result["ended"]] == ["hA: 2 processes"]
     assert processes_of(jobs, "main") == {}

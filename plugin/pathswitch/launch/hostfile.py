@@ -239,9 +239,10 @@ def _on_machines(
     """Find, or end after ``grace_seconds``, the processes of jobs."""
     here, left = (job_processes.find(jobs), []) if grace_seconds is None else job_processes.end(jobs, grace_seconds)
     found = on_all(hosts, partial(_on_host, jobs=jobs, grace_seconds=grace_seconds, python=python, ssh=ssh))
-    machines = [_merged(entry, here, left) if entry.machine == job_processes.machine() else entry for entry in found]
-    if machines == found:  # this machine is none of the hosts
-        machines = [Found(socket.gethostname(), tuple(here), tuple(left)), *found]
+    own = job_processes.machine()
+    machines = [_merged(entry, here, left) if entry.machine == own else entry for entry in found]
+    if all(entry.machine != own for entry in found):
+        machines.insert(0, Found(socket.gethostname(), tuple(here), tuple(left)))
     return [entry for entry in machines if entry.processes or entry.error]
 
 
