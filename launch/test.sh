@@ -34,4 +34,5 @@ include=$(python -c 'import sysconfig; print(sysconfig.get_path("include"))')
 find "$TORCH_EXTENSIONS_DIR" -name lock -delete 2>/dev/null || true
 
 launch/check.sh
-python -m pytest ${marker[@]+"${marker[@]}"} "$@"
+# Two at a time: ranks that wait for each other leave cores idle.
+python -m pytest -n 2 ${marker[@]+"${marker[@]}"} "$@"
