@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from pathswitch.config import PlanFile
 from pathswitch.config.launch import LaunchSection
@@ -45,3 +50,16 @@ def by_name(findings: list[Finding]) -> dict[str, Finding]:
     """Findings by name; each problem says what to do."""
     assert all(finding.todo for finding in findings if finding.status == "problem")
     return {finding.name: finding for finding in findings}
+
+
+@contextmanager
+def mounted(place: Path, kind: str, options: str, source: str = "tmpfs") -> Iterator[Path]:
+    """A file system of its own, which takes root."""
+    place.mkdir(exist_ok=True)
+    command = ["mount", "-t", kind, "-o", options, source, str(place)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("needs root, to mount small file systems of its own")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True, timeout=30)

@@ -12,26 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from doctor_subject import by_name, subject
+from doctor_subject import by_name, mounted, subject
 
 from pathswitch.config.launch import LaunchSection
 from pathswitch.launch.doctor import SPARE_SECONDS, Finding, Request, diagnose, folders
 
 SBIN = {"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
 TRIALS = [trial.name for trial in folders.TRIALS]
-
-
-@contextmanager
-def mounted(place: Path, kind: str, options: str, source: str = "tmpfs") -> Iterator[Path]:
-    """A file system of its own, which takes root."""
-    place.mkdir(exist_ok=True)
-    command = ["mount", "-t", kind, "-o", options, source, str(place)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("needs root, to mount small file systems of its own")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True, timeout=30)
 
 
 @contextmanager
@@ -84,6 +71,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
             file.write(b"x" * (2 << 20))
         findings = examined(place)
     assert findings["write"].status == "problem" and "No space left on device" in findings["write"].found
+    assert not set(TRIALS) & set(findings), "it is not the fault of what was tried"
     assert findings["free space"].status == "problem"
 
 
@@ -152,10 +140,16 @@ def test_what_mounts_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: 
     place = tmp_path / "a place"
     (place / "run").mkdir(parents=True)
     mounts = tmp_path / "mounts"
-    mounts.write_text(f"/dev/a / ext4 rw 0 0\n{line.format(place=str(place).replace(' ', chr(92) + '040'))}\n")
+    lines = ["/dev/a / ext4 rw 0 0", f"/dev/b {escaped(place)} xfs rw 0 0", line.format(place=escaped(place))]
+    mounts.write_text("\n".join([*lines, "/dev/c / ext4 rw 0 0"]) + "\n")
     monkeypatch.setattr(folders, "MOUNTS", mounts)
     finding = folders.system_finding(subject(place / "run"), place / "run")
     assert finding.status == status and words in finding.found
+
+
+def escaped(place: Path) -> str:
+    """A folder as the kernel writes it."""
+    return str(place).replace(" ", r"\040")
 
 
 def test_a_local_disk_is_noted_where_jobs_run_elsewhere(tmp_path: Path) -> None:
@@ -217,3 +211,10 @@ def test_a_file_servers_clock(
     monkeypatch.setattr(folders.time, "time", lambda: real() - ahead_seconds)
     finding = folders.clock_finding(tmp_path)
     assert finding.status == status and f"{ahead_seconds:+.1f}"[:-1] in finding.found
+
+
+def test_a_slow_disk_is_not_taken_for_a_wrong_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    times = iter([now - 30, now + 30])  # before the write and after it
+    monkeypatch.setattr(folders.time, "time", lambda: next(times))
+    assert folders.clock_finding(tmp_path).status == "ok"

@@ -10,15 +10,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from doctor_subject import by_name, subject
+from doctor_subject import SCHEDULE, by_name, mounted, subject
 
+from pathswitch.config import PlanFile
 from pathswitch.config.launch import LaunchSection
 from pathswitch.launch.agent_lock import only_agent
 from pathswitch.launch.doctor import machine, network, processes
-from pathswitch.launch.spec import run_id
+from pathswitch.launch.spec import job_specs, run_id
 from pathswitch.run_folder import PathFolder
 
 BATON = "from torch.utils.file_baton import FileBaton as B; B({!r}).try_acquire(); print('held', flush=True); input()"
@@ -135,6 +137,25 @@ def test_ports() -> None:
     assert network.port_finding(subject(MASTER_PORT=str(port))).status == "ok"
 
 
+def test_ports_of_a_runs_own_jobs(tmp_path: Path) -> None:
+    plan = PlanFile.model_validate(SCHEDULE | {"launch": LaunchSection(command=("train.py",))})
+    specs = tuple(job_specs(plan, tmp_path, tmp_path / "run"))
+    examined = replace(subject(tmp_path / "run"), plan=plan, specs=specs)
+    assert network.master_ports(examined) == [spec.port for spec in specs]
+    with network.facts.listener(specs[0].port):
+        finding = network.port_finding(examined)
+    assert finding.status == "problem" and finding.todo.startswith(f"ss -ltnp 'sport = :{specs[0].port}'")
+    assert network.port_finding(examined).status == "ok"
+
+
+@pytest.mark.parametrize(("size", "status"), [("16m", "problem"), ("128m", "note"), ("2g", "ok")])
+def test_shared_memory(tmp_path: Path, size: str, status: str) -> None:
+    with mounted(tmp_path / "shm", "tmpfs", f"size={size}") as place:
+        finding = machine.shared_memory_finding(place)
+    assert finding.status == status
+    assert machine.shared_memory_finding(tmp_path / "none").status == "problem"
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "exists"),
     [
@@ -145,6 +166,8 @@ def test_ports() -> None:
         ("NCCL_SOCKET_IFNAME", "^lo", True),
         ("NCCL_SOCKET_IFNAME", "^lo,eth", False),
         ("NCCL_SOCKET_IFNAME", "^=eth", True),
+        ("NCCL_SOCKET_IFNAME", "^=lo,eth", True),
+        ("NCCL_SOCKET_IFNAME", "^=lo,eth0", False),
         ("GLOO_SOCKET_IFNAME", "eth", False),
         ("GLOO_SOCKET_IFNAME", "eth0", True),
         ("GLOO_SOCKET_IFNAME", "eth0,ib0", False),

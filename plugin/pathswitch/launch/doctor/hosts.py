@@ -136,6 +136,7 @@ def check(subject: Subject) -> Iterator[Finding]:
     if subject.which("ssh") is None:
         return
     hosts = [Answers(host.name) for host in subject.hosts]
+    expected = reference()
     try:
         with scratch(nearest(subject.folder)) as shared:
             outcomes = in_parallel(subject.programs, lambda host: interview(subject, host, shared), hosts)
@@ -151,7 +152,12 @@ def check(subject: Subject) -> Iterator[Finding]:
         meet(subject, hosts)
     finally:
         in_parallel(subject.programs, close, hosts)
-    yield from judged(subject, hosts)
+    yield from judged(subject, hosts, expected)
+
+
+def reference() -> dict[str, Any]:
+    """Return what every host should have: what this machine has."""
+    return facts.versions(list(PACKAGES)) | {"code": facts.code_digest()}
 
 
 def here(subject: Subject) -> Iterator[Finding]:
@@ -246,10 +252,9 @@ def meet(subject: Subject, hosts: list[Answers]) -> None:
     in_parallel(subject.programs, connect, others)
 
 
-def judged(subject: Subject, hosts: list[Answers]) -> Iterator[Finding]:
+def judged(subject: Subject, hosts: list[Answers], expected: dict[str, Any]) -> Iterator[Finding]:
     """Report the hosts that are as they should be in one finding, and each trouble of the others in one of its own."""
-    reference = facts.versions(list(PACKAGES)) | {"code": facts.code_digest()}
-    findings = {host.name: list(troubles(subject, host, reference)) for host in hosts}
+    findings = {host.name: list(troubles(subject, host, expected)) for host in hosts}
     most_gpus = max((host.machine["gpus"] for host in hosts if not host.silence), default=0)
     for host, slots in zip(hosts, (line.slots for line in subject.hosts), strict=True):
         if not host.silence and most_gpus and host.machine["gpus"] < slots:
@@ -266,13 +271,13 @@ def judged(subject: Subject, hosts: list[Answers]) -> Iterator[Finding]:
         yield from findings[host.name]
 
 
-def troubles(subject: Subject, host: Answers, reference: dict[str, Any]) -> Iterator[Finding]:
+def troubles(subject: Subject, host: Answers, expected: dict[str, Any]) -> Iterator[Finding]:
     """Report what is wrong with one host."""
     name, folder = f"host {host.name}", subject.working_folder
     if host.silence:
         yield problem(name, host.silence, _advice(subject, host))
         return
-    yield from software_troubles(subject, host, reference)
+    yield from software_troubles(subject, host, expected)
     if abs(host.ahead_seconds) - host.error_seconds > CLOCK_SECONDS:
         found = f"its clock is {host.ahead_seconds:+.1f} ± {host.error_seconds:.1f} s from this machine's"
         yield problem(name, found, f"ssh {host.name} chronyc makestep   # or ntpd, systemd-timesyncd")
@@ -293,16 +298,16 @@ def _advice(subject: Subject, host: Answers) -> str:
     return advice.format(host=host.name)
 
 
-def software_troubles(subject: Subject, host: Answers, reference: dict[str, Any]) -> Iterator[Finding]:
+def software_troubles(subject: Subject, host: Answers, expected: dict[str, Any]) -> Iterator[Finding]:
     """Report versions that differ from this machine's, and programs that are missing."""
     name, there = f"host {host.name}", host.machine["versions"] | {"code": host.machine["code"]}
-    differing = [key for key in reference if there.get(key) != reference[key] and key != "code"]
+    differing = [key for key in expected if there.get(key) != expected[key] and key != "code"]
     if differing:
-        versions = [f"{key} {there.get(key) or 'missing'} (here {reference[key] or 'missing'})" for key in differing]
+        versions = [f"{key} {there.get(key) or 'missing'} (here {expected[key] or 'missing'})" for key in differing]
         todo = f"bring {Path(subject.python).parents[1]} there to the same versions, or share its disk"
         yield problem(name, ", ".join(versions), todo)
-    elif there["code"] != reference["code"]:
-        found = f"pathswitch {reference['pathswitch']} has other files there than here"
+    elif there["code"] != expected["code"]:
+        found = f"pathswitch {expected['pathswitch']} has other files there than here"
         todo = f"ssh {host.name} {subject.python} -m pip install --force-reinstall --no-deps pathswitch"
         yield problem(name, found, f"{todo}   # of the same source")
     if host.machine["missing"]:
