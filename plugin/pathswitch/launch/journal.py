@@ -59,7 +59,12 @@ def events_by_path(records: Iterable[StoredRecord]) -> dict[tuple[str, str], lis
     return found
 
 
-def _order(event: Event) -> tuple[str, int, int]:
+def _order(event: Event) -> tuple[str, int, int, int]:
     """Times are whole seconds; within one, order as things happen to a job."""
-    start = event.record.attempt.partition(".")[2]
-    return event.written_at, int(start) if start.isdecimal() else -1, JOB_EVENTS.index(event.record.event)
+    record, start = event.record, event.record.attempt.partition(".")[2]
+    return (
+        event.written_at,
+        int(start) if start.isdecimal() else -1,
+        JOB_EVENTS.index(record.event),
+        record.step or 0,
+    )

@@ -119,6 +119,9 @@ def _squeue(jobs: list[dict[str, Any]], words: list[str]) -> str:
 def _scontrol(jobs: list[dict[str, Any]], words: list[str]) -> str:
     if words[:2] == ["show", "hostnames"]:
         return "n1\nn2"
+    if words[:2] == ["show", "job"]:
+        job = next(job for job in jobs if job["id"] == words[-1])
+        return f"JobId={job['id']} JobState={job['state']} PreemptTime={job.get('preempt_time', 'None')} Priority=1"
     if words[0] == "update":
         job = next(job for job in jobs if f"JobId={job['id']}" in words)
         assert words[2:] == ["Dependency="]
