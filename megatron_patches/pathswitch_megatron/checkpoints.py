@@ -202,25 +202,6 @@ class IterationCheckpoints:
             logger.warning("pathswitch: %s was not removed: %s", folder, error)
 
 
-def check_save_folder(save_dir: Path, job: Job) -> None:
-    """Refuse a folder that holds checkpoints of another path: the newest would hide them.
-
-    Raises:
-        CheckpointError: on every rank.
-    """
-    own = job.path.name
-
-    def check() -> None:
-        for folder, manifest in committed_checkpoints(save_dir.absolute(), job.key):
-            if manifest.path != own:
-                raise CheckpointError(
-                    f"--save {save_dir}: holds {folder.name} of path {manifest.path!r}; path {own!r} needs a folder of "
-                    "its own"
-                )
-
-    on_first_rank(check)
-
-
 def _own_tracker(checkpoints: Path) -> Path:
     return checkpoints / f".{MEGATRON.latest_file}.saving"
 

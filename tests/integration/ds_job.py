@@ -86,6 +86,40 @@ def _remove_shared_memory(command: Sequence[str]) -> None:
         buffer.unlink(missing_ok=True)
 
 
+def start_ranks(
+    script: str, *arguments: str, cwd: Path, log: IO[str], ranks: int = 2, extra: Mapping[str, str] | None = None
+) -> list[subprocess.Popen[str]]:
+    """Start a script on ``ranks`` ranks without a launcher, as `srun` does, each in a session of its own."""
+    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-u", str(HERE / script), *arguments]
+    variables = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **group, **dict(extra or {})} for rank in range(ranks)]
+    return [start(command, log, cwd, own) for own in variables]
+
+
+def processes_of(session: int) -> dict[int, str]:
+    """Return the processes of a session with their command lines."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                status, command = (entry / "stat").read_text(), (entry / "cmdline").read_bytes()
+            except OSError:
+                continue  # it has just ended
+            if int(status.rpartition(")")[2].split()[3]) == session:
+                found[int(entry.name)] = command.replace(b"\0", b" ").decode()
+    return found
+
+
+def catches(pid: int, signum: signal.Signals) -> bool:
+    """Return whether a process has a handler for a signal."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), "0")
+    return bool(int(caught, 16) >> (signum - 1) & 1)
+
+
 def deepspeed_command(script: str, *arguments: str, ranks: int = 2) -> list[str]:
     """Return the command line that starts a script of this folder on ``ranks`` ranks."""
     launcher = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]

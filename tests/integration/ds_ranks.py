@@ -32,6 +32,6 @@ def run(
     extra: Mapping[str, str] | None = None,
     timeout_seconds: float = 300,
 ) -> Finished:
-    """Run a script to its end."""
-    command = [str(ds_job.HERE / script), *arguments]
+    """Run a script, or with ``-m`` a module, to its end."""
+    command = [script if script == "-m" else str(ds_job.HERE / script), *arguments]
     return _preloaded().run(command, folder, ds_job.environment(extra), ranks=ranks, timeout_seconds=timeout_seconds)

@@ -18,7 +18,7 @@ from pathswitch.checkpoint.layout import (
     layout_of,
 )
 from pathswitch.checkpoint.manifest import Manifest, Parallelism, Policy, read_key, read_manifest
-from pathswitch.checkpoint.settings import CheckpointSettings, PathSwitchSection, read_section
+from pathswitch.checkpoint.settings import CheckpointSettings, JobSettings, PathSwitchSection, read_section
 from pathswitch.checkpoint.verify import (
     Finding,
     VerifyMode,
@@ -39,6 +39,7 @@ __all__ = [
     "CheckpointSettings",
     "FileEntry",
     "Finding",
+    "JobSettings",
     "Layout",
     "Manifest",
     "Parallelism",

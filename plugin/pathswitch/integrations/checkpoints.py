@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from pathswitch.checkpoint import (
     DEEPSPEED,
+    MANIFEST_FILE,
     FileEntry,
     Manifest,
     Parallelism,
@@ -24,19 +25,34 @@ from pathswitch.checkpoint import (
     staging_folder,
 )
 from pathswitch.errors import ConfigError
-from pathswitch.integrations.collective import on_first_rank
+from pathswitch.integrations.collective import gather, on_first_rank
 from pathswitch.integrations.committing import commit_together, git_commit, reason, record_checkpoint, versions
-from pathswitch.integrations.random_state import random_state_name, save_random_state
+from pathswitch.integrations.random_state import random_state_digest, random_state_name, save_random_state
+
+# Keys that DeepSpeed itself puts beside a script's client state, and others that begin with "ds_".
+DEEPSPEEDS_OWN = {
+    "module",
+    "buffer_names",
+    "optimizer",
+    "param_shapes",
+    "frozen_param_shapes",
+    "frozen_param_fragments",
+}
+DEEPSPEEDS_OWN |= {"shared_params", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names"}
+DEEPSPEEDS_OWN |= {"skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size", "num_experts"}
+DEEPSPEEDS_OWN |= {"checkpoint_parallel_dimensions", "universal_checkpoint_info", "autoep_layers", "folding"}
 
 
 @dataclass
 class _Save:
-    """A save that has begun and is not yet committed."""
+    """A save: what it saves, and what has become of it."""
 
     folder: Path
     hidden_tag: str
     write_latest: bool
     client_state: dict[str, Any]
+    global_steps: int
+    random_state: bytes
     written: list[Path] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -48,11 +64,12 @@ class EngineCheckpoints:
         settings: the ds_config's section "pathswitch".
         parent: digest of the manifest loaded or saved last.
         policy: the policy of the fork that this job trains, kept in its own checkpoints.
+        client_state: returns what the job's own saves keep for the trainer, which sets this.
+        script_state: whether the training script has a client state, which is not known here.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
-        self.section = _section(engine)
+    def __init__(self, engine: Any, section: PathSwitchSection) -> None:
+        self.engine, self.section = engine, section
         self.settings = self.section.checkpoint
         self.key = self.settings.signing_key("ds_config pathswitch.checkpoint.")
         if engine.use_node_local_storage():
@@ -60,7 +77,10 @@ class EngineCheckpoints:
             raise ConfigError("ds_config checkpoint.use_node_local_storage", given=True, allowed=allowed)
         self.parent: str | None = None
         self.policy = Policy()
+        self.client_state: Callable[[], dict[str, Any]] | None = None
+        self.script_state = False
         self._save: _Save | None = None
+        self._committed_save: _Save | None = None
         self._watched_writer: Any = None
         copy_script = engine._copy_recovery_script
         engine._copy_recovery_script = lambda save_dir: self._holding_back(save_dir, lambda: copy_script(save_dir))
@@ -76,6 +96,8 @@ class EngineCheckpoints:
     ) -> Any:
         """Let DeepSpeed write into a hidden folder, which becomes the checkpoint when all ranks are done.
 
+        A save that would be the one committed just before, as where job and script save the same step, is done already.
+
         Raises:
             CheckpointError: on every rank, if any rank could not write; what was saved before is as it was.
         """
@@ -84,16 +106,38 @@ class EngineCheckpoints:
         if self._save is not None:  # a decoupled writer commits with the next update, or here
             engine._commit_decoupled_checkpoint()
         tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
-        folder = Path(save_dir, tag)
-        on_first_rank(lambda: str(begin_save(folder)))
+        folder, state = Path(save_dir, tag), client_state or {}
+        if self.client_state is None:
+            self.script_state = bool(state)
         hidden_tag = os.path.relpath(staging_folder(folder), save_dir)
-        self._save = _Save(folder, hidden_tag, save_latest, client_state or {})
+        save = _Save(folder, hidden_tag, save_latest, state, int(engine.global_steps), random_state_digest())
+        if not any(options.values()) and self._is_committed(save):
+            return True
+        on_first_rank(lambda: str(begin_save(folder)))
+        self._save = save
         try:
             self._save_random_state(staging_folder(folder))
-            return original(engine, save_dir, hidden_tag, client_state or {}, False, **options)
+            return original(engine, save_dir, hidden_tag, state, False, **options)
         except BaseException:
             self._save = None
             raise
+
+    def note_loaded(self, client_state: dict[str, Any] | None) -> None:
+        """Note whether the script has loaded a client state of its own."""
+        if self.client_state is None and client_state is not None:
+            self.script_state = any(key not in DEEPSPEEDS_OWN and key[:3] != "ds_" for key in client_state)
+
+    def _is_committed(self, save: _Save) -> bool:
+        """Return whether the last save has saved all this, on every rank, and is still there."""
+        last = self._committed_save
+        if last is None or _identity(last) != _identity(save):
+            return False
+        try:
+            same = bool(last.client_state == save.client_state)
+        except (RuntimeError, ValueError):  # tensors and arrays of more than one number
+            same = False
+        unchanged = same and last.random_state == save.random_state and (save.folder / MANIFEST_FILE).is_file()
+        return all(gather(unchanged))
 
     def _watch(self, writer: Any) -> None:
         """Note which files DeepSpeed's writer writes on this rank, hold errors back, and act on its commit.
@@ -155,6 +199,9 @@ class EngineCheckpoints:
             key=self.key,
             committed=lambda manifest: self._committed(save, manifest),
         )
+        # A script may change the objects in a state of its own, so that they would be compared with themselves.
+        known = not save.client_state or self.client_state is not None
+        self._committed_save = save if known else None
 
     def _committed(self, save: _Save, manifest: Manifest) -> None:
         if save.write_latest:
@@ -188,7 +235,11 @@ class EngineCheckpoints:
         )
 
 
-def _section(engine: Any) -> PathSwitchSection:
+def _identity(save: _Save) -> tuple[Path, bool, int]:
+    return save.folder.absolute(), save.write_latest, save.global_steps
+
+
+def read_engine_section(engine: Any) -> PathSwitchSection:
     """Return the ds_config's section, or what the scheduler has in its place.
 
     Raises:

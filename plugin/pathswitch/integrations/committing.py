@@ -14,9 +14,19 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pathswitch.checkpoint import FileEntry, Manifest, commit, discard, hash_file, shard_names, staging_folder
+from pathswitch.checkpoint import (
+    FileEntry,
+    Manifest,
+    commit,
+    committed_checkpoints,
+    discard,
+    hash_file,
+    shard_names,
+    staging_folder,
+)
 from pathswitch.errors import CheckpointError, LedgerError
 from pathswitch.integrations.collective import describe_os_error, gather, on_first_rank
+from pathswitch.versions import Path as TrainingPath
 from pathswitch.versions.ledger import folder_name, run_ledger
 from pathswitch.versions.records import CheckpointRecord
 
@@ -81,6 +91,24 @@ def _own_entries(written: Iterable[Path], staging: Path) -> tuple[dict[str, File
         return {p.relative_to(staging).as_posix(): hash_file(p, rank=rank, sync=True) for p in files}, None
     except OSError as error:
         return {}, f"rank {rank}: {reason(error)}"
+
+
+def require_own_folder(save_dir: Path, path: TrainingPath, key: bytes | None, where: str) -> None:
+    """Refuse a folder that holds checkpoints of another path: the newest would hide them.
+
+    Raises:
+        CheckpointError: on every rank.
+    """
+
+    def check() -> None:
+        for folder, manifest in committed_checkpoints(save_dir.absolute(), key):
+            if (manifest.paradigm, manifest.path) != (path.paradigm, path.name):
+                raise CheckpointError(
+                    f"{where} {save_dir}: holds {folder.name} of path {manifest.path!r}; path {path.name!r} needs a "
+                    "folder of its own"
+                )
+
+    on_first_rank(check)
 
 
 def record_checkpoint(run: Path, folder: Path, manifest: Manifest) -> None:

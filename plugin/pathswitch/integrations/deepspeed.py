@@ -1,4 +1,4 @@
-"""Patches of ``DeepSpeedEngine`` that a configuration alone cannot express; each replaces one method, once.
+"""Patches of DeepSpeed's engines that a configuration alone cannot express; each replaces one method, once.
 
 They act only in engines whose scheduler follows a plan.
 """
@@ -13,9 +13,13 @@ from typing import Any
 
 import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from pathswitch.errors import PathSwitchError
-from pathswitch.integrations.checkpoints import EngineCheckpoints
+from pathswitch.integrations import stop_signals
+from pathswitch.integrations.checkpoints import EngineCheckpoints, read_engine_section
+from pathswitch.integrations.engine_job import EngineJob
+from pathswitch.integrations.job_control import JobControl
 from pathswitch.integrations.loading import load
 from pathswitch.integrations.path_state import FollowsPlan
 
@@ -25,43 +29,44 @@ Wrapper = Callable[..., Any]
 
 
 def patch_engine() -> None:
-    """Patch DeepSpeedEngine; idempotent.
+    """Patch DeepSpeedEngine and PipelineEngine; idempotent.
 
     Raises:
         PathSwitchError: this DeepSpeed lacks a method that is to be patched; none is patched then.
     """
-    patches: dict[str, Wrapper] = {
-        "get_lr": _get_lr,
-        "_configure_checkpointing": _configure_checkpointing,
-        "save_checkpoint": _save_checkpoint,
-        "load_checkpoint": _load_checkpoint,
-    }
-    for name in patches:
-        if not callable(getattr(DeepSpeedEngine, name, None)):
-            version = deepspeed.__version__
-            raise PathSwitchError(
-                f"deepspeed.runtime.engine.DeepSpeedEngine.{name} is not there: DeepSpeed {version} is not supported"
-            )
-    for name, replacement in patches.items():
-        _patch(name, replacement)
+    patches: list[tuple[type[Any], str, Wrapper]] = [
+        (DeepSpeedEngine, "get_lr", _get_lr),
+        (DeepSpeedEngine, "_configure_checkpointing", _configure_checkpointing),
+        (DeepSpeedEngine, "save_checkpoint", _save_checkpoint),
+        (DeepSpeedEngine, "load_checkpoint", _load_checkpoint),
+        (DeepSpeedEngine, "step", _around_step),
+        (PipelineEngine, "train_batch", _around_step),
+    ]
+    for engine_class, name, _ in patches:
+        if not callable(getattr(engine_class, name, None)):
+            place, version = f"{engine_class.__module__}.{engine_class.__qualname__}", deepspeed.__version__
+            raise PathSwitchError(f"{place}.{name} is not there: DeepSpeed {version} is not supported")
+    for engine_class, name, replacement in patches:
+        _patch(engine_class, name, replacement)
 
 
-def _patch(name: str, replacement: Wrapper) -> None:
-    original = getattr(DeepSpeedEngine, name)
+def _patch(engine_class: type[Any], name: str, replacement: Wrapper) -> None:
+    original = getattr(engine_class, name)
     if getattr(original, "pathswitch_patch", False):
         return
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(getattr(self, "lr_scheduler", None), FollowsPlan):
             return original(self, *args, **kwargs)
-        named = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        named = signature.bind(self, *args, **kwargs).arguments
         named.pop("self")
         return replacement(original, self, **named)
 
     method.pathswitch_patch = True  # type: ignore[attr-defined]
-    setattr(DeepSpeedEngine, name, method)
-    logger.info("pathswitch: patched DeepSpeedEngine.%s", name)
+    setattr(engine_class, name, method)
+    logger.info("pathswitch: patched %s.%s", engine_class.__name__, name)
 
 
 def _get_lr(original: Wrapper, engine: Any) -> list[float]:
@@ -71,18 +76,44 @@ def _get_lr(original: Wrapper, engine: Any) -> list[float]:
 
 
 def _configure_checkpointing(original: Wrapper, engine: Any) -> None:
-    """Read the configuration's section once DeepSpeed's own checkpoint writer is there."""
-    original(engine)
-    engine.pathswitch_checkpoints = EngineCheckpoints(engine)
+    """Read the configuration's section, and let DeepSpeed make its checkpoint writer."""
+    section = read_engine_section(engine)
+    control = None if section.job is None else JobControl(section.job.signals, engine.device)
+    # With a section of the scheduler's, the framework around DeepSpeed acts on them.
+    unheard = control is None and engine.lr_scheduler.section is None
+    if unheard and stop_signals.release() and engine.global_rank == 0:
+        logger.warning("pathswitch: the ds_config has no section pathswitch.job: signals end this job as ever")
+    with stop_signals.blocked("spawn" if _has_decoupled_writer(engine) else "fork"):
+        original(engine)
+    checkpoints = engine.pathswitch_checkpoints = EngineCheckpoints(engine, section)
+    engine.pathswitch_job = None if control is None else EngineJob(checkpoints, control)
 
 
 def _save_checkpoint(original: Wrapper, engine: Any, **arguments: Any) -> Any:
     """Commit what is saved: DeepSpeed moves ``latest`` before the other ranks have written."""
-    return engine.pathswitch_checkpoints.save(original, **arguments)
+    result = engine.pathswitch_checkpoints.save(original, **arguments)
+    if engine.pathswitch_job is not None:
+        engine.pathswitch_job.after_save(arguments["save_dir"], arguments.get("save_latest", True))
+    return result
 
 
 def _load_checkpoint(original: Wrapper, engine: Any, **arguments: Any) -> Any:
     """Verify what is loaded, and refuse what DeepSpeed turns into a silent start from scratch."""
     result = load(engine.pathswitch_checkpoints, original, **arguments)
     engine.lr_scheduler.check_position()
+    if not arguments.get("load_module_only", False):
+        engine.pathswitch_checkpoints.note_loaded(result[1])
     return result
+
+
+def _around_step(original: Wrapper, engine: Any, **arguments: Any) -> Any:
+    """Save and end behind a step where that is due, in a job that asks for it."""
+    if engine.pathswitch_job is None:
+        return original(engine, **arguments)
+    return engine.pathswitch_job.around(lambda: original(engine, **arguments))
+
+
+def _has_decoupled_writer(engine: Any) -> bool:
+    """Return whether a process of its own will write the checkpoints."""
+    writer = engine._config._param_dict.get("checkpoint", {}).get("writer") or {}
+    return bool(writer.get("decoupled", False))

@@ -31,6 +31,12 @@ class FollowsPlan:
         """Refuse to go on from a checkpoint whose data_settings are not this job's."""
 
 
+def forks_from(plan: Plan, path: Path) -> dict[str, int]:
+    """Return the steps where other paths start from a checkpoint of this one, by their names."""
+    paths = plan.paths(path.paradigm)
+    return {other.name: other.start_step for other in paths if other.parent == path.name and other.start_step > 0}
+
+
 def path_state(path: Path, step: int) -> dict[str, Any]:
     """Return the counter, the path, the fields that determine its LR, and their digest."""
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ def random_state_name(rank: int) -> str:
     return f"random_state_rank_{rank:05d}.pt"
 
 
-def save_random_state(path: Path) -> None:
-    """Write the states of Python's, NumPy's, torch's and the accelerator's generators."""
+def random_state() -> dict[str, Any]:
+    """Return the states of Python's, NumPy's, torch's and the accelerator's generators."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     accelerator = get_accelerator()
-    state = {
+    return {
         "python": random.getstate(),
         "numpy": (
             name,
@@ -32,7 +33,20 @@ def save_random_state(path: Path) -> None:
         "torch": torch.get_rng_state(),
         "accelerator": accelerator.get_rng_state() if accelerator.device_name() != "cpu" else None,
     }
-    torch.save(state, path)
+
+
+def random_state_digest() -> bytes:
+    """Return what is another one as soon as a number has been drawn."""
+    digest = hashlib.sha256()
+    for part in random_state().values():
+        for item in part if isinstance(part, tuple) else (part,):
+            digest.update(item.numpy().tobytes() if torch.is_tensor(item) else repr(item).encode())
+    return digest.digest()
+
+
+def save_random_state(path: Path) -> None:
+    """Write the random states."""
+    torch.save(random_state(), path)
 
 
 def load_random_state(path: Path) -> None:

@@ -3,10 +3,13 @@
 DeepSpeed looks a scheduler's name up in ``torch.optim.lr_scheduler``; setting one attribute there is the whole
 adoption, and training scripts stay untouched. TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches PyTorch's loading of entry
 points off; then ``import pathswitch.integrations`` in the script does the same.
+
+Signals that PATHSWITCH_STOP_SIGNALS names are noted from here on, before the slow imports and the making of an engine.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import cache
 
@@ -14,6 +17,8 @@ from functools import cache
 @cache
 def register() -> None:
     """Set ``torch.optim.lr_scheduler.PathSwitchLR``, once a process; never raises into ``import torch``."""
+    if os.environ.get("PATHSWITCH_STOP_SIGNALS"):
+        _note_signals()
     try:
         from torch.optim import lr_scheduler
 
@@ -22,3 +27,13 @@ def register() -> None:
         lr_scheduler.PathSwitchLR = PathSwitchLR  # type: ignore[attr-defined]
     except Exception as error:  # an exception here would make `import torch` itself fail, in every program
         print(f"pathswitch: PathSwitchLR is not available: {error!r}", file=sys.stderr)
+
+
+def _note_signals() -> None:
+    try:
+        from pathswitch.integrations import loader_workers, stop_signals
+
+        if stop_signals.prepare_process():
+            loader_workers.protect()
+    except Exception as error:
+        print(f"pathswitch: PATHSWITCH_STOP_SIGNALS is not followed: {error!r}", file=sys.stderr)
