@@ -15,7 +15,7 @@ from pathswitch.trainer.loop import open_job, train_path
 
 
 def main() -> int:
-    """Train the path that the arguments name; 0 when its completion record is written."""
+    """Train the path that the arguments name; 0 when its completion record is written or it was asked to stop."""
     parser = argparse.ArgumentParser(prog="pathswitch.trainer")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--paradigm", required=True)
@@ -30,6 +30,9 @@ def main() -> int:
     except PathSwitchError as error:
         print(f"pathswitch: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except SystemExit:  # asked to stop; all ranks have met already
+        dist.destroy_process_group()
+        raise
     dist.barrier()
     dist.destroy_process_group()
     return 0

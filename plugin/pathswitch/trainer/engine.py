@@ -7,9 +7,12 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from pathswitch.config import PlanFile
+from pathswitch.config.sections import TrainSection
+from pathswitch.errors import ConfigError
 from pathswitch.run_folder import PLAN_FILE, RunFolder, tag
 from pathswitch.trainer.llama import Llama, LlamaConfig
 from pathswitch.versions import Path as TrainingPath
@@ -26,12 +29,19 @@ def init_distributed() -> None:
 
 
 def ds_config(
-    plan_file: PlanFile, folder: RunFolder, path: TrainingPath, on_damage: str | None = None
+    plan_file: PlanFile, folder: RunFolder, path: TrainingPath, on_damage: str | None = None, *, ranks: int
 ) -> dict[str, Any]:
-    """Return the ds_config of one path: the plan's batch, optimizer and scheduler, and whatever [deepspeed] adds."""
+    """Return the ds_config of one path: the plan's batch, optimizer and scheduler, and whatever [deepspeed] adds.
+
+    Raises:
+        ConfigError: the ranks do not divide the plan's batch.
+    """
     train, data = plan_file.train, plan_file.data
     assert train is not None and data is not None
     section = {"seq_len": data.seq_len, **plan_file.deepspeed.get("pathswitch", {}), "run": str(folder.out)}
+    # At its end the path is evaluated and released.
+    own = {"save_dir": str(folder.path(path).checkpoints), "exit_at_end": False}
+    section["job"] = {**section.get("job", {}), **own}
     if on_damage is not None:
         section["checkpoint"] = {**section.get("checkpoint", {}), "on_damage": on_damage}
     adam = {
@@ -43,8 +53,8 @@ def ds_config(
     plan = {"plan": str(folder.out / PLAN_FILE), "path": path.name, "paradigm": path.paradigm}
     return {
         "train_batch_size": train.global_batch_size,
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "train_micro_batch_size_per_gpu": micro_batch(train, ranks),
+        "gradient_accumulation_steps": train.global_batch_size // (micro_batch(train, ranks) * ranks),
         "gradient_clipping": train.gradient_clipping,
         "optimizer": {"type": "AdamW", "params": {**adam, "torch_adam": True, "fused": True}},
         "scheduler": {"type": "PathSwitchLR", "params": plan},
@@ -53,6 +63,20 @@ def ds_config(
         **plan_file.deepspeed,
         "pathswitch": section,
     }
+
+
+def micro_batch(train: TrainSection, ranks: int) -> int:
+    """Return the sequences per rank and forward pass: at most the plan's micro_batch_size.
+
+    Raises:
+        ConfigError: the ranks do not divide the plan's batch.
+    """
+    per_rank, rest = divmod(train.global_batch_size, ranks)
+    if rest:
+        allowed = f"a divisor of [train] global_batch_size ({train.global_batch_size})"
+        raise ConfigError("the number of ranks of this job", given=ranks, allowed=allowed)
+    most = min(train.micro_batch_size or per_rank, per_rank)
+    return next(size for size in range(most, 0, -1) if per_rank % size == 0)
 
 
 def llama_config(plan_file: PlanFile, vocab_size: int) -> LlamaConfig:
@@ -74,7 +98,7 @@ def build_engine(
     matrices = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
-    config = ds_config(plan_file, folder, path, on_damage)
+    config = ds_config(plan_file, folder, path, on_damage, ranks=dist.get_world_size())
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
     return engine
 

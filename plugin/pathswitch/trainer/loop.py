@@ -57,13 +57,10 @@ class Job:
         """Whether this rank writes what is written once."""
         return self.rank == 0
 
-    def save_steps(self) -> set[int]:
-        """Return the steps after which this path saves: where others fork from it, its end, and every k steps."""
-        paths = self.plan.paths(self.path.paradigm)
-        forks = {path.start_step for path in paths if path.parent == self.path.name}
+    def saves_regularly(self, step: int) -> bool:
+        """Return whether the plan wants a checkpoint at this step; at forks and at its end a job saves by itself."""
         every = self.plan_file.train.save_every_steps if self.plan_file.train else None
-        regular = range(every, self.path.end_step, every) if every else ()
-        return forks | {self.path.end_step} | set(regular)
+        return every is not None and step % every == 0
 
 
 def open_job(out: Path, paradigm: str, name: str, on_damage: str | None = None) -> Job:
@@ -86,6 +83,7 @@ def train_path(job: Job) -> None:
         _seed_generators(_seed(job))
         stream = path_stream(job.plan_file, job.path, job.data)
         engine = build_engine(job.plan_file, job.folder, job.path, job.data.tokenizer.vocab_size, job.on_damage)
+        engine.pathswitch_checkpoints.client_state = lambda: _client_state(job, engine.lr_scheduler.last_epoch)
         step = load(engine, job.folder, job.path, lambda state, step: _check_data(job, state, step))
         with _metrics_file(job, step) as metrics:
             _train(job, engine, stream, step, metrics)
@@ -97,9 +95,25 @@ def train_path(job: Job) -> None:
 
 
 def _train(job: Job, engine: Any, stream: SampleStream, start_step: int, metrics: IO[str] | None) -> None:
-    save_steps, where = job.save_steps(), device()
-    micro = engine.train_micro_batch_size_per_gpu()
+    where, micro = device(), engine.train_micro_batch_size_per_gpu()
     loss_sum = torch.zeros((), device=where)
+    started = 0.0
+
+    def record() -> None:
+        """Note a step before anything is saved: whoever goes on from a checkpoint needs the lines of all its steps."""
+        dist.all_reduce(loss_sum)
+        if metrics is None:
+            return
+        line = {
+            "step": engine.lr_scheduler.last_epoch - 1,
+            "lr": engine.lr_scheduler.get_last_update_lr()[0],
+            "loss": loss_sum.item() / (job.world_size * engine.gradient_accumulation_steps()),
+            "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+            "seconds": time.perf_counter() - started,
+        }
+        metrics.write(json.dumps(line) + "\n")
+
+    engine.pathswitch_job.before_save = record
     engine.train()
     for step in range(start_step, job.path.end_step):
         started = time.perf_counter()
@@ -108,19 +122,9 @@ def _train(job: Job, engine: Any, stream: SampleStream, start_step: int, metrics
         for part in torch.split(batch, micro):
             loss = engine(part[:, :-1], part[:, 1:])
             engine.backward(loss)
-            engine.step()
             loss_sum += loss.detach()
-        dist.all_reduce(loss_sum)
-        if metrics is not None:
-            record = {
-                "step": step,
-                "lr": engine.lr_scheduler.get_last_update_lr()[0],
-                "loss": loss_sum.item() / (job.world_size * engine.gradient_accumulation_steps()),
-                "grad_norm": float(engine.get_global_grad_norm() or 0.0),
-                "seconds": time.perf_counter() - started,
-            }
-            metrics.write(json.dumps(record) + "\n")
-        if step + 1 in save_steps:
+            engine.step()
+        if job.saves_regularly(step + 1):
             state = _client_state(job, step + 1)
             engine.save_checkpoint(str(job.files.checkpoints), tag=tag(step + 1), client_state=state)
 
@@ -160,6 +164,7 @@ def _evaluate(job: Job, engine: Any) -> None:
     assert job.plan_file.data is not None
     results = {}
     for name in (version.name for version in job.plan.versions):
+        engine.pathswitch_job.end_if_asked("it evaluates")
         inputs, targets = test_windows(job.data.test_tokens(name), job.plan_file.data.seq_len)
         result = evaluate(
             engine.module,
