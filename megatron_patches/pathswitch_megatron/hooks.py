@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,12 +10,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from pathswitch.checkpoint import Manifest, Parallelism, PathSwitchSection, iteration_of
 from pathswitch.errors import CheckpointError, ConfigError
+from pathswitch.integrations import stop_signals
+from pathswitch.integrations.committing import require_own_folder
+from pathswitch.integrations.job_control import JobControl, is_asked_for
 from pathswitch.integrations.megatron_settings import data_settings
 from pathswitch_megatron.arguments import check_arguments
 from pathswitch_megatron.batches import BatchSchedule, batches_of, constant_batches
-from pathswitch_megatron.checkpoints import IterationCheckpoints, Position, Save, check_save_folder
+from pathswitch_megatron.checkpoints import IterationCheckpoints, Position, Save
 from pathswitch_megatron.job import Job
 from pathswitch_megatron.scheduler import PlannedParamScheduler, follow_plan
 from pathswitch_megatron.upstream import Replacement, is_first_process
@@ -35,6 +42,7 @@ class _Hooks:
     def __init__(self, job: Job, training: ModuleType, calculator: Callable[[], Any]) -> None:
         self.job = job
         self._training, self._calculator = training, calculator
+        self._control: JobControl | None = None
 
     @property
     def args(self) -> Any:
@@ -45,11 +53,12 @@ class _Hooks:
         """Let the scheduler follow the plan; by now all arguments are known, and no step is done."""
         args, path = self.args, self.job.path
         check_arguments(args)
+        self._control = control_of(args)
         if args.load is None and path.start_step > 0:
             allowed = f"a folder with a checkpoint of {path.parent!r} at step {path.start_step}, or with its fork"
             raise ConfigError("--load", given=None, allowed=f"{allowed}: path {path.name!r} starts from it")
         if args.save is not None:
-            check_save_folder(Path(args.save), self.job)
+            require_own_folder(Path(args.save), path, self.job.key, "--save")
         scheduler = original()
         follow_plan(scheduler, self.job.plan, path, self._batches(), lambda: int(self.args.consumed_train_samples))
         scheduler.settings_source = lambda: data_settings(self.args)
@@ -60,6 +69,23 @@ class _Hooks:
         if isinstance(scheduler := arguments["opt_param_scheduler"], PlannedParamScheduler):
             scheduler.before_update()
         return original()
+
+    def _end_iteration(self, iteration: int, step: int, consumed_samples: int) -> bool:
+        """Report the progress, and return on all ranks whether any of them was asked to stop.
+
+        Where the job ends anyway, it goes on to Megatron's own last save and evaluation.
+        """
+        if self._control is None:
+            return False
+        last_lr = self.job.path.lr(max(step - 1, 0))
+        self._control.report(step, last_lr, consumed_samples)
+        reason, _ = self._control.agree()
+        if reason is None or iteration >= self.args.train_iters:
+            return False
+        into = f"saves into {self.args.save}" if self.args.save else "saves nothing without --save"
+        self._control.say(f"path {self.job.path.name!r} asked to stop ({reason}): {into} at step {step}, and ends")
+        self._control.report(step, last_lr, consumed_samples, last=True)
+        return True
 
     def _batches(self) -> BatchSchedule:
         args, planned = self.args, self.job.global_batch_size
@@ -95,11 +121,12 @@ class MegatronLMHooks(_Hooks):
         args, job, scheduler = self.args, self.job, arguments["opt_param_scheduler"]
         scheduler.catch_up()
         step = scheduler.last_epoch
-        changes = {}
+        changes, iteration = {}, arguments["iteration"]
         if step in job.forks.values():
-            changes["save_interval"] = arguments["iteration"]
-        if not job.path.open_ended and step >= job.path.end_step and arguments["iteration"] < args.train_iters:
-            changes["exit_interval"] = arguments["iteration"]
+            changes["save_interval"] = iteration
+        has_ended = not job.path.open_ended and step >= job.path.end_step and iteration < args.train_iters
+        if self._end_iteration(iteration, step, int(args.consumed_train_samples)) or has_ended:
+            changes["exit_interval"] = iteration
         with _changed(args, changes):
             return original()
 
@@ -166,7 +193,9 @@ class MegatronLMHooks(_Hooks):
         if (save := self._saving) is not None:
             arguments["async_request"].add_finalize_fn(lambda: self._commit(save))
             self._saving = None
-        return original()
+        # The writer is a process of its own, which a signal to the whole job must not end.
+        with stop_signals.blocked("spawn" if getattr(self.args, "use_persistent_ckpt_worker", False) else "fork"):
+            return original()
 
     def _commit(self, save: Save) -> None:
         self._saving = None
@@ -213,6 +242,15 @@ class MegatronDeepSpeedHooks(_Hooks):
             args.exit_interval = path.end_step
         return scheduler
 
+    def train_step(self, original: Call, arguments: Arguments) -> Any:
+        """Set the LR of this very update before it, and let the loop save and exit behind it if asked to stop."""
+        result, args = super().train_step(original, arguments), self.args
+        if isinstance(scheduler := arguments["opt_param_scheduler"], PlannedParamScheduler):
+            iteration, samples = args.curr_iteration + 1, int(args.consumed_train_samples) + args.global_batch_size
+            if self._end_iteration(iteration, scheduler.last_epoch, samples):
+                args.exit_interval = iteration
+        return result
+
     def load_checkpoint(self, original: Call, arguments: Arguments) -> Any:
         """Compare the place in the data, which Megatron reads behind DeepSpeed's load, with the scheduler's."""
         result = original()
@@ -230,7 +268,7 @@ class MegatronDeepSpeedHooks(_Hooks):
     def _check_intervals(self) -> None:
         args, path = self.args, self.job.path
         for name, step in self.job.forks.items():
-            if args.save and step > 0 and (not args.save_interval or step % args.save_interval):
+            if args.save and (not args.save_interval or step % args.save_interval):
                 allowed = f"a divisor of {step}, where {name} forks"
                 raise ConfigError("--save-interval", given=args.save_interval, allowed=allowed)
         if not path.open_ended and args.exit_interval is not None and path.end_step % args.exit_interval:
@@ -253,9 +291,22 @@ class MegatronBridgeHooks:
         if self.job.global_batch_size is None:
             allowed = "the samples of a step: Megatron-Bridge does not tell them where it makes the scheduler"
             raise ConfigError("[megatron] global_batch_size", given=None, allowed=allowed)
+        stop_signals.release()  # nobody here would act on them
         scheduler = original()
         follow_plan(scheduler, self.job.plan, self.job.path, constant_batches(self.job.global_batch_size))
         return scheduler
+
+
+def control_of(args: Any) -> JobControl | None:
+    """Return what asks this job to stop, None where the environment says nothing of it.
+
+    A signal that Megatron handles itself stays Megatron's.
+    """
+    if not is_asked_for():
+        return None
+    handles = getattr(args, "exit_signal_handler", False)
+    own = [signal.Signals(getattr(args, "exit_signal", signal.SIGTERM)).name] if handles else []
+    return JobControl((), torch.device("cuda" if dist.get_backend() == "nccl" else "cpu"), foreign=own)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from pathswitch.checkpoint import CheckpointSettings
 from pathswitch.config import build_plan, load_plan_file
 from pathswitch.errors import ConfigError
+from pathswitch.integrations.path_state import forks_from
 from pathswitch.run_folder import PLAN_FILE
 from pathswitch.versions import MAIN, Plan
 from pathswitch.versions import Path as TrainingPath
@@ -33,8 +34,7 @@ class Job:
     @property
     def forks(self) -> dict[str, int]:
         """The steps where branches leave this path, by the branches' names."""
-        paths = self.plan.paths("path_switching")
-        return {path.name: path.start_step for path in paths if path.parent == self.path.name}
+        return forks_from(self.plan, self.path)
 
 
 def job_from_environment() -> Job:

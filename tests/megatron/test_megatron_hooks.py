@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from pretrain_gpt import PLAN
@@ -21,6 +25,20 @@ from pathswitch_megatron.batches import rampup_batches
 pytestmark = pytest.mark.slow
 STAND_IN = Path(__file__).parent / "stand_in"
 SCRIPT = "import sys, torch\nfrom megatron.training.training import pretrain\npretrain(sys.argv[1:])\n"
+# Does what ASK says behind the given number of updates, so that it is seen at the end of that iteration.
+ASKED = """
+import os, signal, sys, torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+at, words = int(sys.argv.pop(1)), sys.argv.pop(1).split()
+updates = 0
+def ask(*_):
+    global updates
+    updates += 1
+    if updates == at:
+        for word in words:
+            os.kill(os.getpid(), signal.Signals[word]) if word.startswith("SIG") else open(word, "x").close()
+register_optimizer_step_post_hook(ask)
+"""
 UPDATE = re.compile(r"iteration (\d+) used (\S+) loss (\S+) samples (\d+)")
 # An iteration -> (LR used, loss, samples consumed before it), as printed: floats in full.
 Updates = dict[int, tuple[float, str, int]]
@@ -30,15 +48,28 @@ Updates = dict[int, tuple[float, str, int]]
 class Run:
     folder: Path
 
-    def train(self, path: str, *arguments: str, plan: str = "plan.toml", code: int = 0) -> tuple[Updates, str]:
-        """Train a path; return its updates, and everything that it said."""
+    def train(
+        self,
+        path: str,
+        *arguments: str,
+        plan: str = "plan.toml",
+        code: int = 0,
+        ask: tuple[int, str] | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> tuple[Updates, str]:
+        """Train a path; return its updates, and everything that it said.
+
+        ``ask`` is a number of updates, and the signals that the job gets then, or the files that appear.
+        """
         (self.folder / "train.py").write_text(SCRIPT)
+        (self.folder / "asked.py").write_text(ASKED + SCRIPT)
+        script = ["train.py"] if ask is None else ["asked.py", str(ask[0]), ask[1]]
         roots = f"{STAND_IN}:{os.environ.get('PYTHONPATH', '')}"
         own = {"PYTHONPATH": roots, "PATHSWITCH_PLAN": plan, "PATHSWITCH_PATH": path, "OMP_NUM_THREADS": "1"}
         result = subprocess.run(
-            [sys.executable, "-W", "ignore", "train.py", *arguments],
+            [sys.executable, "-u", "-W", "ignore", *script, *arguments],
             cwd=self.folder,
-            env={**os.environ, **own},
+            env={**os.environ, **own, **environment},
             capture_output=True,
             text=True,
             timeout=120,
@@ -139,6 +170,37 @@ def test_failed_save_leaves_what_was_there(run: Run) -> None:
     assert "No space left" in said and run.steps("full") == [6, 12]
     resumed, _ = run.train("main", *arguments, "--exit-interval", "18")
     assert lrs(resumed) == run.lrs("main", 12, 18) and run.steps("full") == [6, 12, 18]
+
+
+SIGNALS = {"PATHSWITCH_STOP_SIGNALS": "SIGTERM,SIGUSR2"}
+
+
+def test_signal_saves_and_ends_and_the_rest_is_the_same(run: Run, main: Updates) -> None:
+    line, progress = ("--save", "asked", "--load", "asked", "--async-save"), run.folder / "progress.json"
+    variables = {**SIGNALS, "PATHSWITCH_PROGRESS_FILE": str(progress)}
+    updates, said = run.train("main", *line, ask=(7, "SIGUSR2 SIGTERM SIGUSR2"), environment=variables)
+    assert list(updates) == list(range(1, 8)) and run.steps("asked") == [7]
+    assert said.count("pathswitch: path 'main' asked to stop (SIGUSR2): saves into asked at step 7") == 1
+    written = json.loads(progress.read_text())
+    assert (written["step"], written["lr"]) == (7, run.lrs("main", 6, 7)[0])
+    assert written["samples_per_s"] == pytest.approx(4 / written["seconds_per_step"])
+    resumed, _ = run.train("main", *line, "--exit-interval", "20", environment=variables)
+    assert updates | resumed == {n: main[n] for n in range(1, 21)} and run.steps("asked") == [7, 12, 15, 20]
+
+
+def test_stop_file_beside_megatrons_own_handler(run: Run) -> None:
+    line = ("--exit-signal-handler", "--save", "own", "--load", "own")
+    variables = {**SIGNALS, "PATHSWITCH_STOP_FILE": str(run.folder / "stop")}
+    updates, said = run.train("main", *line, ask=(2, "SIGTERM"), environment=variables)
+    assert list(updates) == [1, 2] and "after receiving SIGTERM" in said and "asked to stop" not in said
+    updates, said = run.train("main", *line, ask=(1, "stop"), environment=variables)
+    assert list(updates) == [3] and "asked to stop (stop file " in said and "after receiving SIGTERM" not in said
+    assert run.steps("own") == [2, 3]
+
+
+def test_nothing_is_noted_unless_the_environment_asks_for_it(run: Run) -> None:
+    updates, _ = run.train("main", "--save", "deaf", ask=(7, "SIGUSR2"), code=-signal.SIGUSR2)
+    assert len(updates) == 7 and run.steps("deaf") == []
 
 
 AT_12 = ("--load", "main", "--ckpt-step", "12", "--save", "refused")

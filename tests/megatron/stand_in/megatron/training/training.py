@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from .async_utils import maybe_finalize_async_save
 from .checkpointing import get_args, load_checkpoint, save_checkpoint
 
 FLAGS = ("finetune", "no_load_optim", "async_save", "use_distributed_optimizer", "exit_on_missing_checkpoint")
+FLAGS += ("exit_signal_handler",)
+RECEIVED: list[int] = []
 
 
 def parse(argv: list[str]) -> None:
@@ -35,6 +38,8 @@ def parse(argv: list[str]) -> None:
     fixed = {"ckpt_format": "torch", "bf16": False, "fp16": False, "tensor_model_parallel_size": 1}
     fixed |= {"pipeline_model_parallel_size": 1, "world_size": 1, "data_parallel_size": 1, "iteration": 0}
     vars(args).update(fixed, consumed_train_samples=0)
+    if args.exit_signal_handler:
+        signal.signal(signal.SIGTERM, lambda number, _: RECEIVED.append(number))
 
 
 def get_optimizer_param_scheduler(optimizer: Any) -> OptimizerParamScheduler:
@@ -87,6 +92,11 @@ def checkpoint_and_decide_exit(
     train_data_iterator: Any,
 ) -> bool:
     args = get_args()
+    if RECEIVED:
+        if args.save:
+            save_checkpoint(iteration, model, optimizer, opt_param_scheduler, 0.0)
+        print("exiting program after receiving SIGTERM.")
+        return True
     saved = bool(args.save and args.save_interval and iteration % args.save_interval == 0)
     if saved:
         save_checkpoint(iteration, model, optimizer, opt_param_scheduler, 0.0)
