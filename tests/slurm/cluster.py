@@ -12,6 +12,7 @@ import pwd
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -193,6 +194,13 @@ class Cluster:
         _kill(self._running.pop(name))
         self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", f"Reason={reason}")
 
+    def node_hangs(self, name: str, reason: str = "hung") -> None:
+        """Stop a node's slurmd, and set the node DOWN: its jobs go on, and nobody can end them."""
+        for pid in _descendants(self._running[name].pid):
+            if Path(f"/proc/{pid}/comm").read_text() == "slurmd\n":
+                os.kill(pid, signal.SIGSTOP)
+        self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", f"Reason={reason}")
+
     def node_up(self, name: str) -> None:
         """Start a lost node again and wait until it can take jobs."""
         self._start_node(name)
@@ -307,6 +315,11 @@ class Cluster:
 
 def _path() -> str:
     return os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+
+
+def _descendants(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [found for child in map(int, children) for found in (child, *_descendants(child))]
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

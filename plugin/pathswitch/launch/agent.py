@@ -37,7 +37,7 @@ from pathswitch.run_folder import RunFolder
 
 POLL_SECONDS = 0.5
 ASK_AGAIN_SECONDS = 10.0
-REQUEUE_SECONDS = 120.0
+REQUEUE_SECONDS, LOCK_SECONDS = 120.0, 60.0
 # Of the time between a job's signal and its end: for the ranks to save, and to open gates before it is requeued.
 SAVE_SHARE, GATE_SHARE = 0.8, 0.1
 CANCELLED = "cancelled"
@@ -68,6 +68,7 @@ class Agent:
         self._slurm_job = os.environ.get("SLURM_JOB_ID") if self.spec.launch.kind == "slurm" else None
         self._starts = int(os.environ.get("SLURM_RESTART_COUNT", "0")) if self._slurm_job else 0
         self._signals: list[str] = []
+        self._is_requeued = False
         self._gates = GateKeeper(self.spec, self._attempt)
 
     @property
@@ -79,14 +80,21 @@ class Agent:
         """Train the path to its end, as often as that takes; return the exit code."""
         for name in {"SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", self.spec.launch.signal}:
             signal.signal(signal.Signals[name], self._note)
-        with only_agent(self.spec.files):
-            while not self._is_done():
-                code = self._start()
-                if code is not None:
-                    return code
-            self._journal.write("completed", self._attempt, self.spec.end_step)
-            self._say(f"trained to its end, step {self.spec.end_step}")
-            return COMPLETED
+        # An earlier one may still be ending, on a node that SLURM has given up.
+        with only_agent(self.spec.files, LOCK_SECONDS if self._slurm_job else 1.0):
+            code = self._see_through()
+        if self._is_requeued:
+            time.sleep(REQUEUE_SECONDS)  # SLURM ends this script
+        return code
+
+    def _see_through(self) -> int:
+        while not self._is_done():
+            code = self._start()
+            if code is not None:
+                return code
+        self._journal.write("completed", self._attempt, self.spec.end_step)
+        self._say(f"trained to its end, step {self.spec.end_step}")
+        return COMPLETED
 
     def _is_done(self) -> bool:
         """Return whether the path is trained to its end, with all gates open that this opens."""
@@ -171,7 +179,7 @@ class Agent:
             job_id = slurm.submit(self.spec.files.batch_script, job_comment(self.spec), after=after)
             self._journal.write("submitted", job_id)
             return COMPLETED
-        time.sleep(REQUEUE_SECONDS)  # SLURM ends this script
+        self._is_requeued = True
         return COMPLETED
 
     def _give_up(self, reason: str, step: int) -> int:
@@ -234,6 +242,8 @@ class Agent:
         if failure is not None:
             return "failed", failure
         now = self._durable_step()
+        if self._slurm_job is not None and slurm.is_preempted(self._slurm_job):
+            return "stopped", "SLURM takes its nodes for another job"
         if code == 0 and now > step and any(part.end_step == now for part in self.spec.parts):
             return "completed", ""  # a part of the path; the next has a command of its own
         if code == 0 and now > step:

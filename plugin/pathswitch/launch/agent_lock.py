@@ -12,27 +12,32 @@ from contextlib import contextmanager
 from pathswitch.errors import RunError
 from pathswitch.run_folder import PathFolder
 
-LOCK_ATTEMPTS = 10
+LOOK_SECONDS = 0.1
 
 
 @contextmanager
-def only_agent(files: PathFolder) -> Iterator[None]:
+def only_agent(files: PathFolder, patience_seconds: float = 1.0) -> Iterator[None]:
     """Hold the lock of a path.
+
+    Args:
+        files: the path's.
+        patience_seconds: how long to wait for it; `pathswitch status` takes it for an instant, to see if it is free.
 
     Raises:
         RunError: another agent holds it.
     """
     files.folder.mkdir(parents=True, exist_ok=True)
     with (files.folder / "agent.lock").open("a+") as lock:
-        for attempt in range(LOCK_ATTEMPTS):  # `pathswitch status` holds it for an instant to see whether it is free
+        deadline = time.monotonic() + patience_seconds
+        while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if attempt + 1 == LOCK_ATTEMPTS:
+                if time.monotonic() > deadline:
                     lock.seek(0)
                     raise RunError(f"{files.folder}: {lock.read().strip()} looks after this path") from None
-                time.sleep(0.1)
+                time.sleep(LOOK_SECONDS)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()

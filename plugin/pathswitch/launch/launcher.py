@@ -57,12 +57,17 @@ class LocalLauncher:
 
     def end(self) -> list[str]:
         """End the ranks that outlived their launcher, or an agent that was killed."""
-        found, left = job_processes.end([self._spec.id], GRACE_SECONDS)
-        if not found:
-            return []
-        pids = ", ".join(str(process["pid"]) for process in found)
-        still = f"; still there: {', '.join(str(process['pid']) for process in left)}" if left else ""
-        return [f"processes that outlived the launcher, ended: {pids}{still}"]
+        return end_processes_here(self._spec)
+
+
+def end_processes_here(spec: JobSpec) -> list[str]:
+    """End what is left of a job's processes on this machine, and return a line about them if there were any."""
+    found, left = job_processes.end([spec.id], GRACE_SECONDS)
+    if not found:
+        return []
+    pids = ", ".join(str(process["pid"]) for process in found)
+    still = f"; still there: {', '.join(str(process['pid']) for process in left)}" if left else ""
+    return [f"processes that outlived the launcher, ended: {pids}{still}"]
 
 
 def launcher_of(spec: JobSpec, slurm_job: str | None) -> Launcher:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Mapping
@@ -114,8 +115,20 @@ def clear_dependency(job_id: str) -> None:
 
 
 def requeue(job_id: str) -> None:
-    """Put a running job, which may be the caller's own, back into the queue."""
-    run("scontrol", "requeue", job_id)
+    """Put a running job, which may be the caller's own, back into the queue.
+
+    SLURM may have done that already, as it lost one of the job's nodes, and not have ended the batch script yet.
+    """
+    try:
+        run("scontrol", "requeue", job_id)
+    except RunError as error:
+        if "pending execution" not in str(error):
+            raise
+
+
+def is_preempted(job_id: str) -> bool:
+    """Return whether SLURM takes a running job's nodes for another job; its steps have got SIGTERM then."""
+    return re.search(r"\bPreemptTime=\d", run("scontrol", "show", "job", "--oneliner", job_id)) is not None
 
 
 def cancel(job_id: str) -> None:

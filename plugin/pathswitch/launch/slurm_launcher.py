@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pathswitch.atomic import write_text_atomic
 from pathswitch.launch import slurm
-from pathswitch.launch.launcher import module_or_script
+from pathswitch.launch.launcher import end_processes_here, module_or_script
 from pathswitch.launch.spec import JobSpec, launcher_words
 
 # What each task of srun runs; its arguments follow. A signal that comes before the ranks have their handlers, or to a
@@ -57,9 +57,9 @@ class SlurmLauncher:
         return None
 
     def end(self) -> list[str]:
-        """End the job's steps: they outlive an srun that was killed."""
+        """End the job's steps, which outlive an srun that was killed, and what a node without slurmd does not end."""
         slurm.end_steps(self._job_id)
-        return []
+        return end_processes_here(self._spec)
 
     def _container(self) -> list[str]:
         """Return the options of srun, or the command, that put the ranks into their image."""
