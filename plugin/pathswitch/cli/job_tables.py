@@ -14,6 +14,7 @@ from pathswitch.launch.estimate import estimates, totals
 from pathswitch.launch.status import PathStatus
 from pathswitch.launch.submit import Step
 
+COLUMNS, GAP = 80, 2
 TEXT_COLUMNS = ("path", "GPUs", "now", "state", "job")
 
 
@@ -52,9 +53,9 @@ def submission_table(content: Mapping[str, Any], *, on_slurm: bool) -> tuple[Tab
             "GPUs": [f"{job['nodes']} x {job['gpus_per_node']}" for job in jobs],
             "from": [f"{job['start_step']:,}" for job in jobs],
             "to": [f"{job['end_step']:,}" for job in jobs],
-            "hours": [_number(job["hours"], ",.1f") for job in jobs],
+            "hours": [_hours(job["hours"]) for job in jobs],
             "segments": [_number(job["segments"], ",d") for job in jobs],
-            "GPU-hours": [_number(job["gpu_hours"], ",.1f") for job in jobs],
+            "GPU-hours": [_hours(job["gpu_hours"]) for job in jobs],
             "now": [words.get(job["action"], job["action"]).format(job["job"]) for job in jobs],
         }
     )
@@ -67,8 +68,8 @@ def _costs(hours: Mapping[str, float | None]) -> list[str]:
         return ["No step's time is known yet; [launch] seconds_per_step gives one for an estimate."]
     share = f"{hours['jobs'] / hours['ptfs']:.1%}" if hours["ptfs"] else "-"
     return [
-        f"In all {hours['jobs']:,.1f} GPU-hours: {share} of pre-training every version from scratch",
-        f"({hours['ptfs']:,.1f}); continual pre-training would take {hours['cpt']:,.1f}.",
+        f"In all {_hours(hours['jobs'])} GPU-hours: {share} of pre-training every version from scratch",
+        f"({_hours(hours['ptfs'])}); continual pre-training would take {_hours(hours['cpt'])}.",
     ]
 
 
@@ -79,11 +80,11 @@ def status_table(rows: Sequence[PathStatus]) -> tuple[Table, list[str]]:
             "path": [row.path for row in rows],
             "state": [row.state for row in rows],
             "job": [re.sub(r"process (\d+) on .*", r"pid \1", row.job or "") for row in rows],
-            "step": [f"{row.step:,}/{row.end_step:,}" for row in rows],
+            "step": [f"{row.step}/{row.end_step}" for row in rows],
             "LR": [short_lr(row.lr) for row in rows],
-            "loss": [_number(row.loss, ".3f") for row in rows],
-            "tokens/s": [_short(row.tokens_per_s) for row in rows],
-            "saved": [_number(row.durable_step, ",d") for row in rows],
+            "loss": [_number(row.loss, "#.4g") for row in rows],
+            "tok/s": [_short(row.tokens_per_s) for row in rows],
+            "saved": [_number(row.durable_step, "d") for row in rows],
             "left": [_duration(row.eta_seconds) for row in rows],
         }
     )
@@ -92,7 +93,7 @@ def status_table(rows: Sequence[PathStatus]) -> tuple[Table, list[str]]:
 
 def status_line(row: PathStatus) -> str:
     """Return where a path stands as one line of a log."""
-    details = [f"step {row.step:,} of {row.end_step:,}", f"LR {short_lr(row.lr)}"]
+    details = [f"step {row.step} of {row.end_step}", f"LR {short_lr(row.lr)}"]
     details += [f"loss {row.loss:.3f}"] if row.loss is not None else []
     details += [f"{_short(row.tokens_per_s)} tokens/s"] if row.tokens_per_s is not None else []
     details += [f"{_duration(row.eta_seconds)} left"] if row.eta_seconds is not None else []
@@ -107,9 +108,10 @@ def _notes(row: PathStatus) -> list[str]:
 
 
 def _table(columns: Mapping[str, list[str]]) -> Table:
-    """Return a table of the columns in which a cell says something."""
+    """Return a table of the columns in which a cell says something, a little closer where it would be too wide."""
     shown = {name: cells for name, cells in columns.items() if any(cells)}
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    width = sum(max(map(len, [name, *cells])) for name, cells in shown.items()) + GAP * (len(shown) - 1)
+    table = Table(box=None, pad_edge=False, padding=(0, GAP if width <= COLUMNS else 1, 0, 0))
     for name in shown:
         table.add_column(name, justify="left" if name in TEXT_COLUMNS else "right", overflow="fold")
     for cells in zip(*shown.values(), strict=True):
@@ -124,6 +126,10 @@ def short_lr(lr: float) -> str:
 
 def _number(value: float | int | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def _hours(value: float | None) -> str:
+    return "" if value is None else f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _short(value: float | None) -> str:
