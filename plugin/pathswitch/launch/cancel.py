@@ -56,7 +56,8 @@ def _cancel_agent(spec: JobSpec, by: str, now: bool) -> str:
     write_text_atomic(spec.files.stop, by + "\n")
     match = re.fullmatch(r"process (\d+) on (.*)", who)
     if now and match and match[2] == socket.gethostname():
-        for _ in range(2):  # asked twice, an agent ends its ranks at once
-            os.kill(int(match[1]), signal.SIGTERM)
+        # Asked twice, an agent ends its ranks at once; of two signals of one kind it might see a single one.
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            os.kill(int(match[1]), signum)
         return f"{who} ends at once"
     return f"{who} is asked to save and end"
