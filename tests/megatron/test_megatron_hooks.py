@@ -6,14 +6,14 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
+from preloaded import Preloaded
 from pretrain_gpt import PLAN
 
 from pathswitch.checkpoint import committed_checkpoints
@@ -44,6 +44,14 @@ UPDATE = re.compile(r"iteration (\d+) used (\S+) loss (\S+) samples (\d+)")
 Updates = dict[int, tuple[float, str, int]]
 
 
+@cache
+def _preloaded() -> Preloaded:
+    """What Megatron's training modules import; each job imports them itself, and so the hooks, with its environment."""
+    roots = f"{STAND_IN}:{os.environ.get('PYTHONPATH', '')}"
+    modules = ("torch._dynamo", "megatron.core.optimizer_param_scheduler", "pathswitch.checkpoint", "pathswitch.config")
+    return Preloaded(modules, {**os.environ, "PYTHONPATH": roots}, "-u", "-W", "ignore")
+
+
 @dataclass(frozen=True)
 class Run:
     folder: Path
@@ -64,22 +72,11 @@ class Run:
         (self.folder / "train.py").write_text(SCRIPT)
         (self.folder / "asked.py").write_text(ASKED + SCRIPT)
         script = ["train.py"] if ask is None else ["asked.py", str(ask[0]), ask[1]]
-        roots = f"{STAND_IN}:{os.environ.get('PYTHONPATH', '')}"
-        own = {"PYTHONPATH": roots, "PATHSWITCH_PLAN": plan, "PATHSWITCH_PATH": path, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(
-            [sys.executable, "-u", "-W", "ignore", *script, *arguments],
-            cwd=self.folder,
-            env={**os.environ, **own, **environment},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert result.returncode == code, result.stderr[-3000:]
-        found = UPDATE.findall(result.stdout)
-        return {
-            int(n): (float(lr), loss, int(samples)) for n, lr, loss, samples in found
-        }, result.stdout + result.stderr
+        own = {**os.environ, "PATHSWITCH_PLAN": plan, "PATHSWITCH_PATH": path, "OMP_NUM_THREADS": "1", **environment}
+        result = _preloaded().run([*script, *arguments], self.folder, own, timeout_seconds=120)
+        assert result.returncode == code, result.output[-3000:]
+        found = UPDATE.findall(result.output)
+        return {int(n): (float(lr), loss, int(samples)) for n, lr, loss, samples in found}, result.output
 
     def steps(self, folder: str) -> list[int]:
         return sorted(manifest.step for _, manifest in committed_checkpoints(self.folder / folder))
