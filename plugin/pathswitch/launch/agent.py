@@ -131,6 +131,8 @@ class Agent:
         gate = open_gate(self._run, path, read_key(spec.signing_key_file), self._attempt)
         if gate.state != "open":
             return self._give_up(f"may not start: {gate.reason}", spec.start_step)
+        if self._signals:
+            return self._end_asked("stopped", self._signal_reason(), self._durable_step())
         step = self._durable_step()
         fruitless = self._journal.fruitless_starts(step)
         if fruitless > spec.launch.restart_budget:
@@ -198,13 +200,13 @@ class Agent:
             command = launcher.command(spec.command_from(step))
         except RunError as error:  # a host is not there
             return ("stopped" if self._signals else "failed"), str(error)
-        process = subprocess.Popen(
-            command,
-            cwd=spec.working_folder,
-            env={**environment, **launcher.environment()},
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        environment |= launcher.environment()
+        try:
+            process = subprocess.Popen(
+                command, cwd=spec.working_folder, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        except OSError as error:
+            raise RunError(f"{command[0]} cannot be started in {spec.working_folder}: {error.strerror}") from None
         request: _Request | None = None
         failure: str | None = None
         try:
@@ -235,37 +237,41 @@ class Agent:
     ) -> tuple[Ended, str]:
         if self._is_complete():
             return "completed", ""
+        now, why = self._durable_step(), f"exit code {code}: {failure_reason(self.spec.files.log, log_start)}"
         if request is not None:
-            reason = request.reason + (f"; {failure}" if failure else "")
-            unsaved = failure is not None and self._slurm_job is not None
+            failed = failure or (why if code != 0 and now == step else "")
+            reason = f"{request.reason}; {failed}" if failed else request.reason
+            unsaved = failed and now == step and self._slurm_job is not None
             return ("cancelled" if cancelled else "unsaved" if unsaved else "stopped"), reason
         if failure is not None:
             return "failed", failure
-        now = self._durable_step()
         if self._slurm_job is not None and slurm.is_preempted(self._slurm_job):
             return "stopped", "SLURM takes its nodes for another job"
         if code == 0 and now > step and any(part.end_step == now for part in self.spec.parts):
             return "completed", ""  # a part of the path; the next has a command of its own
         if code == 0 and now > step:
             return "stopped", "the ranks saved and ended by themselves"  # a signal that reached them alone
-        sys.stdout.flush()
-        return "failed", f"exit code {code}: {failure_reason(self.spec.files.log, log_start)}"
+        return "failed", why
 
     def _requested(self, request: _Request | None) -> _Request | None:
         """Return what the ranks are asked for, after a look at signals and the stop file."""
         spec, now = self.spec, time.monotonic()
-        if request is None and self._signals:
-            name = self._signals[0]
-            near = name == spec.launch.signal and self._slurm_job is not None
-            reason = f"{name}: the time is nearly up" if near else f"{name} received"
-            patience = SAVE_SHARE * spec.launch.signal_seconds
-            write_text_atomic(spec.files.stop, reason + "\n")
-            return _Request(reason, now + patience)
         if request is None and is_cancelled(spec):
-            return _Request(self._stop_reason(), now + spec.launch.signal_seconds)
+            request = _Request(self._stop_reason(), now + spec.launch.signal_seconds)
+        elif request is None and self._signals:
+            request = _Request(self._signal_reason(), now + SAVE_SHARE * spec.launch.signal_seconds)
+            try:
+                write_text_atomic(spec.files.stop, self._signal_reason() + "\n")
+            except OSError as error:  # the disk may be full; the signal may reach the ranks all the same
+                self._say(f"{spec.files.stop} cannot be written: {error.strerror}")
         if request is not None and self._slurm_job is None and len(self._signals) > 1:
             request.deadline = now  # asked twice: at once
         return request
+
+    def _signal_reason(self) -> str:
+        name = self._signals[0]
+        near = name == self.spec.launch.signal and self._slurm_job is not None
+        return f"{name}: the time is nearly up" if near else f"{name} received"
 
     def _stop_reason(self) -> str:
         return self.spec.files.stop.read_text().strip()
