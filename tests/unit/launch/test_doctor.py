@@ -105,17 +105,19 @@ def test_a_plan_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
         ('kind = "hostfile"\nhostfile = "hosts.txt"\nnodes = 2', "[launch] nodes: 2"),
         ('kind = "local"\nnodes = 2', "[launch] nodes: 2"),
         ('command = ["x", "{ds_config}"]\nds_config = "none.json"', "[launch] ds_config: "),
+        ('command = ["x", "{ds_config}"]\nds_config = "ds.json"', "ds.json: scheduler"),
     ],
 )
 def test_a_plan_that_cannot_be_launched_is_a_finding_beside_the_others(
     tmp_path: Path, launch: str, expected: str
 ) -> None:
     (tmp_path / "hosts.txt").write_text("127.0.0.1 slots=1\n")
+    (tmp_path / "ds.json").write_text('{"scheduler": {"type": "WarmupLR", "params": {}}}')
     plan = tmp_path / "plan.toml"
     plan.write_text(f'[schedule]\nmax_lr = 1e-3\n[[versions]]\nname = "v1"\nsteps = 9\n[launch]\n{launch}\n')
     [finding] = Request(plan).subject(os.environ, 9)[1]
     assert (finding.name, finding.status) == ("plan", "problem")
-    assert finding.found.startswith(expected) and finding.todo.startswith("allowed: ")
+    assert expected in finding.found and finding.todo.startswith("allowed: ")
 
 
 def test_the_hostfile_of_a_plan_is_beside_it_and_another_one_takes_its_place(tmp_path: Path) -> None:
@@ -147,8 +149,10 @@ def test_a_run_is_examined_as_it_was_submitted(tmp_path: Path) -> None:
     specs = job_specs(load_plan_file(plan), tmp_path, run)
     write_files(rendered(specs, None))
     (run / "plan.toml").write_text(plan.read_text())
-    subject, findings = Request(run=run).subject(os.environ, 9)
+    (tmp_path / "link").symlink_to(run)
+    subject, findings = Request(run=tmp_path / "link").subject(os.environ, 9)
     assert findings == [] and subject.specs == tuple(specs)
+    assert subject.run == run, "its jobs know it by this name"
     assert [host.name for host in subject.hosts] == ["hA"] and subject.working_folder == tmp_path
 
 
@@ -169,6 +173,8 @@ def test_the_time_is_limited_whatever_hangs(tmp_path: Path) -> None:
     [finding] = diagnose(Request(fifo), os.environ, seconds=0.5)
     assert time.monotonic() - start < 0.5 + SPARE_SECONDS + 15
     assert (finding.status, finding.found) == ("problem", "held up for more than 4 s")
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    assert all(is_gone(int(pid)) for pid in children)
     assert SECONDS + SPARE_SECONDS < 30
 
 
