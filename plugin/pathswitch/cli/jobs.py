@@ -135,7 +135,7 @@ def _outcome(step: Step) -> str:
 
 def _run_here(specs: Sequence[JobSpec], parallel: int, out: Path, console: Console) -> int:
     """Run the jobs from here: a table that follows them on a terminal, a line for each now and then in a log."""
-    shown_at = 0.0
+    shown_at = 0.0 if console.is_terminal else time.monotonic()
     with Live(console=console, auto_refresh=False, transient=True) as live:
 
         def tick() -> None:

@@ -221,6 +221,7 @@ class Agent:
             end_group(process, 0 if failure else None)
             for line in launcher.end():
                 self._say(line)
+        request = self._requested(request)  # the ranks may have seen it first
         cancelled = is_cancelled(spec)
         if not cancelled:
             spec.files.stop.unlink(missing_ok=True)
@@ -241,7 +242,8 @@ class Agent:
         if request is not None:
             failed = failure or (why if code != 0 and now == step else "")
             reason = f"{request.reason}; {failed}" if failed else request.reason
-            unsaved = failed and now == step and self._slurm_job is not None
+            near = self._slurm_job is not None and self._signals[:1] == [self.spec.launch.signal]
+            unsaved = near and failed and now == step
             return ("cancelled" if cancelled else "unsaved" if unsaved else "stopped"), reason
         if failure is not None:
             return "failed", failure

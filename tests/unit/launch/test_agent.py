@@ -417,6 +417,16 @@ def test_a_cancelled_job_stays_so_when_it_gets_a_signal_too(job: Job) -> None:
     assert job.end() == ASKED and job.events()[-1][0] == "cancelled"
 
 
+@pytest.mark.parametrize("by", ["a cancellation", "a signal"])
+def test_ranks_that_hear_of_it_before_the_agent_does_have_not_failed(
+    job: Job, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    monkeypatch.setattr(agent_module, "POLL_SECONDS", 1.0)
+    asks = 'echo "cancelled by me on this" > "$PATHSWITCH_STOP_FILE"' if by == "a cancellation" else "kill -TERM $PPID"
+    assert job.run(f"sleep 0.1; {asks}; exit 0") == ASKED
+    assert job.events()[-1] == (("cancelled" if by == "a cancellation" else "stopped"), 0)
+
+
 def test_a_cancellation_while_a_gate_is_verified_is_not_lost(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     def cancelled_meanwhile(*arguments: Any) -> Any:
         job.files.stop.write_text("cancelled by me on this\n")
