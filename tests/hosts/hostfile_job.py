@@ -70,6 +70,17 @@ class Jobs:
         command = [sys.executable, str(HERE / "drive_job.py"), *map(str, arguments)]
         return self.hosts.popen("hA", command, cwd=self.folder, env={**ROOT, "HOME": str(self.folder / "home")})
 
+    def prepare(self, path: str) -> str:
+        """Do what comes before a path's start, and return what is said about it."""
+        code = "import sys; from pathlib import Path; from pathswitch.config import load_plan_file; "
+        code += (
+            "from pathswitch.launch.hostfile import HostfileLauncher; from pathswitch.launch.spec import job_specs; "
+        )
+        code += "specs = job_specs(load_plan_file('plan.toml'), Path.cwd(), Path('run')); "
+        code += "(spec,) = (spec for spec in specs if spec.path == sys.argv[1]); "
+        code += "HostfileLauncher(spec).command(spec.parts[0].command)"
+        return self.hosts.check("hA", sys.executable, "-c", code, path, cwd=self.folder)
+
     def kill_agent(self, job: subprocess.Popen[Any]) -> None:
         """Kill what stands for the agent, and nothing that it has started."""
         for child in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
@@ -101,12 +112,12 @@ class Jobs:
         files = [self.folder / f"{path}.rank{rank}" for rank in (0, 1)]
         return all(file.is_file() and now - file.stat().st_mtime < 1 for file in files)
 
-    def orphans(self, *jobs: str, end: bool = False) -> dict[str, list[int]]:
-        """Return the PIDs that hosts have of jobs, having ended them if asked to."""
+    def orphans(self, job: str) -> dict[str, list[int]]:
+        """Return the PIDs that hosts have of a job, or of a run's jobs."""
         code = "import json, sys; from pathswitch.launch import hostfile; "
-        code += f"found = hostfile.{'end_jobs' if end else 'orphans'}(['hA', 'hB'], sys.argv[1:]); "
+        code += "found = hostfile.orphans(['hA', 'hB'], sys.argv[1:]); "
         code += "print(json.dumps({f.host: [p['pid'] for p in f.processes] for f in found if not f.error}))"
-        pids: dict[str, list[int]] = json.loads(self.hosts.check("hA", sys.executable, "-c", code, *jobs))
+        pids: dict[str, list[int]] = json.loads(self.hosts.check("hA", sys.executable, "-c", code, job))
         return pids
 
 

@@ -19,7 +19,7 @@ TOOLS = ("sshd", "ssh", "ssh-keygen", "pdsh", "mpirun", "ip", "nsenter", "unshar
 ADDRESSES = {"hA": "10.77.0.1", "hB": "10.77.0.2"}
 LINK = "net0"
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
-START_SECONDS = 30
+START_SECONDS = 60
 
 SSHD_CONFIG = """
 HostKey {folder}/host_key
