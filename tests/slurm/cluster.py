@@ -175,6 +175,7 @@ class Cluster:
     def reset(self) -> None:
         """End all jobs, and have all nodes up and idle, whatever a test has left."""
         self.run("scancel", "--me")
+        self.wait_for(lambda: not self.run("squeue", "-h"), 60, "all jobs have ended")
         for name in self.nodes:
             if name not in self._running:
                 self._start_node(name)
@@ -277,7 +278,7 @@ class Cluster:
             port=self._port,
             folder=self.folder,
             nodes="\n".join(nodes),
-            slurmd_timeout=0 if self.simulated else 300,
+            slurmd_timeout=65_533 if self.simulated else 300,  # nodes are asked for an answer three times in it
         )
         (self.folder / "slurm.conf").write_text(text)
         if self.simulated:

@@ -13,6 +13,9 @@ from typing import Any
 
 from cluster import Cluster
 
+from pathswitch.launch.journal import Journal
+from pathswitch.launch.spec import comment_prefix
+
 ROOT = Path(__file__).parents[2]
 COMMAND = str(Path(sys.executable).with_name("pathswitch"))
 VERSIONS = ("v1", "v2", "v3", "v4")
@@ -147,7 +150,8 @@ class Run:
 
     def job_id(self, path: str) -> int:
         """Return the id of a path's job; there is exactly one."""
-        own = [job for job in self.cluster.jobs() if job.get("Comment", "").endswith(f":path_switching:{path}")]
+        comment = comment_prefix(str(self.out), "path_switching") + path
+        own = [job for job in self.cluster.jobs() if job.get("Comment") == comment]
         assert len(own) == 1, own
         return int(own[0]["JobId"])
 
@@ -157,8 +161,6 @@ class Run:
 
     def events(self, path: str) -> list[dict[str, Any]]:
         """Return what has happened to a path's job, from the ledger, the oldest first."""
-        from pathswitch.launch.journal import Journal
-
         records = [event.record for event in Journal(self.out, "path_switching", path).read()]
         return [{"event": r.event, "step": r.step, "reason": r.reason or "", "attempt": r.attempt} for r in records]
 

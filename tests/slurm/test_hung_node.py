@@ -24,6 +24,16 @@ def run(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     cluster.reset()
 
 
+def test_a_job_that_is_cancelled_by_scancel_stays_so(run: Run) -> None:
+    run.wait_for(lambda: run.processes("pathswitch.trainer", str(run.out)), "the ranks are there")
+    run.cluster.run("scancel", str(run.job_id("main")))
+    run.wait_for(lambda: run.job("main")["JobState"] == "CANCELLED" and not run.processes(str(run.out)), "it has ended")
+    assert run.job("main")["Restarts"] == "0"
+    row = run.status()["main"]
+    assert (row["state"], row["restarts"]) == ("stopped", 0)
+    assert row["reason"].startswith("SIGTERM received")
+
+
 def test_nodes_that_are_taken_away_or_lost_do_not_stop_a_path(run: Run) -> None:
     cluster = run.cluster
     run.wait_for(lambda: run.processes("pathswitch.trainer", str(run.out)), "the ranks are there")
