@@ -30,7 +30,7 @@ from pathswitch.launch.gate import durable_step, open_gate
 from pathswitch.launch.gatekeeper import GateKeeper
 from pathswitch.launch.journal import Journal
 from pathswitch.launch.launcher import Launcher, launcher_of
-from pathswitch.launch.local import end_group, job_environment
+from pathswitch.launch.local import end_group
 from pathswitch.launch.render import job_comment
 from pathswitch.launch.spec import JobSpec, load_spec
 from pathswitch.run_folder import RunFolder
@@ -194,13 +194,12 @@ class Agent:
     def _train(self, step: int, log_start: int) -> tuple[Ended, str]:
         """Run the ranks until they end; return how, and why."""
         spec = self.spec
-        environment = {**job_environment(spec.gpus_per_node, os.environ), **spec.environment()}
         launcher = launcher_of(spec, self._slurm_job)
         try:
             command = launcher.command(spec.command_from(step))
         except RunError as error:  # a host is not there
             return ("stopped" if self._signals else "failed"), str(error)
-        environment |= launcher.environment()
+        environment = {**os.environ, **launcher.environment(), **spec.environment()}
         try:
             process = subprocess.Popen(
                 command, cwd=spec.working_folder, env=environment, stdin=subprocess.DEVNULL, start_new_session=True

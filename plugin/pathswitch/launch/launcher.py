@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
 from pathswitch.errors import RunError
 from pathswitch.launch import job_processes
-from pathswitch.launch.local import GRACE_SECONDS
+from pathswitch.launch.local import GRACE_SECONDS, job_environment
 from pathswitch.launch.spec import JobSpec, launcher_words
 
 
@@ -45,8 +46,8 @@ class LocalLauncher:
         return [*runner, "--master_port", str(spec.port), *launcher_words(spec.launch), *module_or_script(training)]
 
     def environment(self) -> dict[str, str]:
-        """Return nothing: the ranks inherit the agent's environment."""
-        return {}
+        """Return this environment, with this machine's cores shared out among the ranks."""
+        return job_environment(self._spec.gpus_per_node, os.environ)
 
     def ask_to_stop(self) -> None:
         """Leave it to the stop file: a launcher that gets SIGTERM kills its ranks half a minute later."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathswitch.atomic import write_text_atomic
 from pathswitch.launch import slurm
 from pathswitch.launch.launcher import end_processes_here, module_or_script
+from pathswitch.launch.local import job_environment
 from pathswitch.launch.spec import JobSpec, launcher_words
 
 # What each task of srun runs; its arguments follow. A signal that comes before the ranks have their handlers, or to a
@@ -44,7 +45,11 @@ class SlurmLauncher:
         return [*srun, *self._container(), "bash", "-c", script, "pathswitch", spec.python, *words]
 
     def environment(self) -> dict[str, str]:
-        """Return where the ranks meet: on the job's first node, unless the environment says where."""
+        """Return this environment, with a node's cores shared out among its ranks, and where the ranks meet."""
+        return {**job_environment(self._spec.gpus_per_node, os.environ), **self._meeting()}
+
+    def _meeting(self) -> dict[str, str]:
+        """Return the place on the job's first node, unless the environment says where."""
         port = str(self._spec.port)
         return {"MASTER_ADDR": os.environ.get("MASTER_ADDR") or self._hosts()[0], "MASTER_PORT": port}
 
@@ -74,7 +79,7 @@ class SlurmLauncher:
         return ["apptainer", "exec", "--nv", "--pwd", folder, *binds, container.image]
 
     def _torchrun(self, training: Sequence[str]) -> list[str]:
-        spec, meeting = self._spec, self.environment()
+        spec, meeting = self._spec, self._meeting()
         # An id of this start alone: the ranks of one that was killed may still be there.
         start = f"{self._job_id}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
         meet = ["--rdzv-backend", "c10d", "--rdzv-id", start]
@@ -83,7 +88,7 @@ class SlurmLauncher:
         return ["-m", "torch.distributed.run", *size, *meet, *launcher_words(spec.launch), *training]
 
     def _deepspeed(self, training: Sequence[str]) -> list[str]:
-        spec, meeting = self._spec, self.environment()
+        spec, meeting = self._spec, self._meeting()
         hostfile = spec.files.folder / "hostfile"
         lines = [f"{host} slots={spec.gpus_per_node}" for host in self._hosts()]
         write_text_atomic(hostfile, "\n".join(lines) + "\n")
