@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,12 +96,16 @@ class Checkout:
         *arguments: str,
         ranks: int = 1,
         plan: str | None = None,
-        kill_at: tuple[int, signal.Signals] | None = None,
+        kill_at: tuple[int, signal.Signals | Callable[[int], object]] | None = None,
         module: str = "megatron_cpu",
+        extra: Mapping[str, str] | None = None,
     ) -> Outcome:
-        """Train one job to its end, or until a signal reaches its launcher when an iteration has been logged."""
+        """Train one job to its end, or until a signal reaches its launcher when an iteration has been logged.
+
+        In place of the signal, something else may happen to the launcher's process.
+        """
         log = self.folder / f"log-{time.monotonic_ns()}.txt"
-        environment = self.environment(path, plan)
+        environment = {**self.environment(path, plan), **dict(extra or {})}
         if kill_at is not None:
             environment["PAUSE_SECONDS"] = "0.05"
         with log.open("w") as out:
@@ -114,7 +119,9 @@ class Checkout:
             try:
                 if kill_at is not None:
                     self._wait_for(job, log, kill_at[0])
-                    if kill_at[1] is signal.SIGKILL:
+                    if callable(kill_at[1]):
+                        kill_at[1](job.pid)
+                    elif kill_at[1] is signal.SIGKILL:
                         kill(job)
                     else:
                         job.send_signal(kill_at[1])
@@ -143,6 +150,12 @@ class DeepSpeedCheckout(Checkout):
 
     def environment(self, path: str | None, plan: str | None = None) -> dict[str, str]:
         return {**super().environment(path, plan), "DS_ACCELERATOR": "cpu"}
+
+
+def last_rank(launcher: int) -> int:
+    """Return the process of the last rank."""
+    ranks = [p for p in psutil.Process(launcher).children(recursive=True) if p.environ().get("RANK") is not None]
+    return max(ranks, key=lambda process: (int(process.environ()["RANK"]), -process.create_time())).pid
 
 
 def kill(job: subprocess.Popen[bytes]) -> None:

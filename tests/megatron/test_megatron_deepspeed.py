@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from pretrain_gpt import PLAN, DeepSpeedCheckout, Outcome, write_data
+from pretrain_gpt import PLAN, DeepSpeedCheckout, Outcome, last_rank, write_data
 
 from pathswitch.checkpoint import committed_checkpoints
 from pathswitch.config import build_plan, load_plan_file
@@ -43,8 +44,16 @@ class Case:
         (folder / "ds.json").write_text(json.dumps(config))
         self.arguments = ("--deepspeed_config", "ds.json", "--zero-stage", str(stage))
 
-    def train(self, path: str, *arguments: str, plan: str | None = None, kill_at: int | None = None) -> Outcome:
-        kill = None if kill_at is None else (kill_at, signal.SIGKILL)
+    def train(
+        self,
+        path: str,
+        *arguments: str,
+        plan: str | None = None,
+        kill_at: int | None = None,
+        ask_at: tuple[int, Callable[[int], object]] | None = None,
+        extra: Mapping[str, str] | None = None,
+    ) -> Outcome:
+        kill = ask_at if kill_at is None else (kill_at, signal.SIGKILL)
         return self.checkout.train(
             path,
             *self.arguments,
@@ -53,6 +62,7 @@ class Case:
             plan=plan,
             kill_at=kill,
             module="megatron_deepspeed_cpu",
+            extra=extra,
         )
 
 
@@ -111,6 +121,26 @@ def test_killed_and_resumed(case: Case, main: Outcome) -> None:
     assert resumed.code == 0 and 19 <= first <= 31, resumed.log[-3000:]
     same = [n for n in resumed.losses if n != first + 1]
     assert [resumed.losses[n] for n in same] == [main.losses[n] for n in same]
+
+
+def test_asked_to_stop(case: Case, main: Outcome) -> None:
+    line, stop_file = ("--save", "stopped", "--load", "stopped"), case.checkout.folder / "stop"
+    extra = {"PATHSWITCH_STOP_SIGNALS": "SIGTERM,SIGUSR2", "PATHSWITCH_STOP_FILE": str(stop_file)}
+
+    def signal_last_rank(launcher: int) -> None:
+        os.kill(last_rank(launcher), signal.SIGUSR2)
+
+    first = case.train("main", *line, ask_at=(7, signal_last_rank), extra=extra)
+    step = max(first.losses)
+    assert first.code == 0 and 7 <= step < 12, first.log[-3000:]
+    assert f"path 'main' asked to stop (SIGUSR2): saves into stopped at step {step}" in first.log
+    second = case.train("main", *line, ask_at=(step + 2, lambda _: stop_file.touch()), extra=extra)
+    last = max(second.losses)
+    assert second.code == 0 and step + 2 <= last < 40 and f"asked to stop (stop file {stop_file})" in second.log
+    saved = sorted(m.step for _, m in committed_checkpoints(case.checkout.folder / "stopped"))
+    assert {step, last} <= {*saved} and last == saved[-1]
+    same = [n for n in range(1, last + 1) if n not in (2, step + 2)]
+    assert [(first.losses | second.losses)[n] for n in same] == [main.losses[n] for n in same]
 
 
 REFUSALS = {

@@ -178,6 +178,7 @@ def test_signal_saves_and_ends_and_the_rest_is_the_same(run: Run, main: Updates)
     updates, said = run.train("main", *line, ask=(7, "SIGUSR2 SIGTERM SIGUSR2"), environment=variables)
     assert list(updates) == list(range(1, 8)) and run.steps("asked") == [7]
     assert said.count("pathswitch: path 'main' asked to stop (SIGUSR2): saves into asked at step 7") == 1
+    assert "a writer starts with blocked SIGTERM SIGUSR2\n" in said
     written = json.loads(progress.read_text())
     assert (written["step"], written["lr"]) == (7, run.lrs("main", 6, 7)[0])
     assert written["samples_per_s"] == pytest.approx(4 / written["seconds_per_step"])

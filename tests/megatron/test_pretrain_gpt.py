@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pretrain_gpt import PLAN, Checkout, Outcome, write_data
+from pretrain_gpt import PLAN, Checkout, Outcome, last_rank, write_data
 from typer.testing import CliRunner
 
 from pathswitch.checkpoint import committed_checkpoints, read_manifest
@@ -148,6 +148,30 @@ def test_preemption_saves(checkout: Checkout, main: Outcome, ranks: int) -> None
     stopped = checkout.train("main", *arguments, ranks=ranks, kill_at=(5, signal.SIGTERM))
     (step,) = [s for s in steps_in(checkout.folder / "preempted") if s != 12]
     assert step >= 5 and step == max(stopped.losses)
+
+
+@pytest.mark.parametrize("saves", [(), ("--async-save",)], ids=["at once", "asynchronously"])
+def test_asked_to_stop(checkout: Checkout, main: Outcome, ranks: int, saves: tuple[str, ...]) -> None:
+    """A signal to the last rank alone, then the stop file; Megatron's own handler of another signal is left alone."""
+    name = "stopped" + "".join(saves)
+    arguments = ("--save", name, "--load", name, "--save-interval", "1000", *saves)
+    stop_file = checkout.folder / f"{name}.stop"
+    extra = {"PATHSWITCH_STOP_SIGNALS": "SIGTERM,SIGUSR2", "PATHSWITCH_STOP_FILE": str(stop_file)}
+
+    def signal_last_rank(launcher: int) -> None:
+        os.kill(last_rank(launcher), signal.SIGUSR2)
+
+    first = checkout.train("main", *arguments, ranks=ranks, kill_at=(5, signal_last_rank), extra=extra)
+    (step,) = steps_in(checkout.folder / name)
+    assert first.code == 0 and 5 <= step == max(first.losses) < 12, first.log[-3000:]
+    assert f"path 'main' asked to stop (SIGUSR2): saves into {name} at step {step}" in first.log
+    wait = (step + 2, lambda _: stop_file.touch())
+    second = checkout.train("main", *arguments, "--exit-signal-handler", ranks=ranks, kill_at=wait, extra=extra)
+    last = max(steps_in(checkout.folder / name))
+    assert second.code == 0 and step + 2 <= last == max(second.losses) < 40, second.log[-3000:]
+    assert f"asked to stop (stop file {stop_file})" in second.log
+    same = [n for n in range(1, last + 1) if n not in (2, step + 2)]  # Megatron prints a job's first two as one mean
+    assert [(first.losses | second.losses)[n] for n in same] == [main.losses[n] for n in same]
 
 
 REFUSALS = {

@@ -18,7 +18,7 @@ from types import FrameType
 SIGNALS_VARIABLE = "PATHSWITCH_STOP_SIGNALS"
 # Set by a rank for whatever it starts, which inherits RANK too, and is no rank.
 RANK_PROCESS_VARIABLE = "PATHSWITCH_RANK_PROCESS"
-RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 # A launcher ends its ranks when it gets one of these; any other stop signal would only kill it, and leave them alone.
 LAUNCHERS_OWN = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 

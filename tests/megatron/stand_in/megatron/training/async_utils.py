@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -19,6 +20,9 @@ _queue: list[AsyncRequest] = []
 
 
 def schedule_async_save(async_request: AsyncRequest) -> None:
+    # What a writer in a process of its own would begin with.
+    blocked = sorted(signum.name for signum in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    print("a writer starts with blocked", *blocked)
     _queue.append(async_request)
 
 
