@@ -37,7 +37,7 @@ from pathswitch.run_folder import RunFolder
 
 POLL_SECONDS = 0.5
 ASK_AGAIN_SECONDS = 10.0
-REQUEUE_SECONDS, LOCK_SECONDS = 120.0, 60.0
+REQUEUE_SECONDS, LOCK_SECONDS, GATES_SECONDS = 120.0, 60.0, 600.0
 # Of the time between a job's signal and its end: for the ranks to save, and to open gates before it is requeued.
 SAVE_SHARE, GATE_SHARE = 0.8, 0.1
 CANCELLED = "cancelled"
@@ -99,7 +99,10 @@ class Agent:
     def _is_done(self) -> bool:
         """Return whether the path is trained to its end, with all gates open that this opens."""
         if self._is_complete():
-            self._gates.finish()
+            # A controller that is away would not hear of this job's end either: nothing is lost by waiting for it.
+            deadline = time.monotonic() + GATES_SECONDS
+            while not self._gates.finish() and not self._signals and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
         self.spec = load_spec(self._job_file)  # a version may have been added meanwhile
         return self._is_complete()
 
@@ -239,11 +242,10 @@ class Agent:
             return "completed", ""
         now, why = self._durable_step(), f"exit code {code}: {failure_reason(self.spec.files.log, log_start)}"
         if request is not None:
-            failed = failure or (why if code != 0 and now == step else "")
-            reason = f"{request.reason}; {failed}" if failed else request.reason
+            failed = failure or (why if code else "no new checkpoint") if now == step else ""
             near = self._slurm_job is not None and self._signals[:1] == [self.spec.launch.signal]
-            unsaved = near and failed and now == step
-            return ("cancelled" if cancelled else "unsaved" if unsaved else "stopped"), reason
+            reason = f"{request.reason}; {failed}" if failed and (code or near) else request.reason
+            return ("cancelled" if cancelled else "unsaved" if near and failed else "stopped"), reason
         if failure is not None:
             return "failed", failure
         if self._slurm_job is not None and slurm.is_preempted(self._slurm_job):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pathswitch.checkpoint import read_key
 from pathswitch.config import build_plan
-from pathswitch.errors import PathSwitchError
+from pathswitch.errors import PathSwitchError, RunError
 from pathswitch.launch import slurm
 from pathswitch.launch.gate import fork_source, is_open, open_gate
 from pathswitch.launch.journal import Journal
@@ -27,6 +27,8 @@ class GateKeeper:
         self._refused: dict[str, str] = {}
         """The manifest that each branch was refused; only another one is tried."""
         self._released: set[str] = set()
+        self._unheard = False
+        """Whether SLURM did not answer, or said no, at the last look."""
 
     def poll(self) -> None:
         """Look for due forks if a checkpoint or the plan has changed since the last look; returns at once."""
@@ -38,15 +40,16 @@ class GateKeeper:
             self._thread = threading.Thread(target=self._open_all, daemon=True)
             self._thread.start()
 
-    def finish(self, patience_seconds: float | None = None) -> None:
-        """Open what is due now, and return when that is done, or when the patience is at its end."""
+    def finish(self, patience_seconds: float | None = None) -> bool:
+        """Open what is due now, and return whether that is done, or else SLURM was away or the patience too short."""
         if self._thread is not None:
             self._thread.join(patience_seconds)
             if self._thread.is_alive():
-                return
+                return False
         self._thread = threading.Thread(target=self._open_all, daemon=True)
         self._thread.start()
         self._thread.join(patience_seconds)
+        return not self._thread.is_alive() and not self._unheard
 
     def children(self) -> list[TrainingPath]:
         """Return the paths that start from this one."""
@@ -66,6 +69,7 @@ class GateKeeper:
                 Journal(self._run.out, path.paradigm, path.name).write("cancelled", attempt, None, reason)
 
     def _open_all(self) -> None:
+        self._unheard = False
         try:
             opened = [path for path in self.children() if path.name not in self._released and self._open(path)]
             if opened and self._spec.launch.kind == "slurm":
@@ -73,6 +77,7 @@ class GateKeeper:
             self._released |= {path.name for path in opened}
         except (PathSwitchError, OSError) as error:
             print(f"pathswitch: branches are not started: {error}", flush=True)
+            self._unheard = isinstance(error, RunError)
             self._seen = None  # look again
 
     def _open(self, path: TrainingPath) -> bool:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from pathswitch.checkpoint import CheckpointSettings, read_section
 from pathswitch.config import PlanFile, build_plan
 from pathswitch.config.fields import Section
-from pathswitch.config.launch import LAUNCHERS, JobSection, LaunchSection
+from pathswitch.config.launch import LAUNCHERS, JobSection, LaunchSection, time_seconds
 from pathswitch.errors import ConfigError, RunError, choices
 from pathswitch.launch.megatron import megatron_parts
 from pathswitch.run_folder import PLAN_FILE, PathFolder
@@ -25,6 +25,7 @@ from pathswitch.versions import Path as TrainingPath
 
 # Ports of jobs: below the range that Linux gives to connections, above those of most services.
 FIRST_PORT, PORTS = 20_000, 10_000
+EARLY_SECONDS = 60  # SLURM's signal may come that much too early
 MEGATRON_ARGS = "{megatron_args}"
 SLURM_ONLY = ("partition", "account", "qos", "gres", "cpus_per_task", "time", "container", "modules", "setup", "sbatch")
 
@@ -180,6 +181,7 @@ def _checkpoint_settings(plan_file: PlanFile, ds_config: Mapping[str, Any] | Non
 def _spec(plan_file: PlanFile, path: TrainingPath, base: Path, run: Path, port: int) -> JobSpec:
     launch = _resolved(plan_file.launch, path)
     embedded = not launch.command
+    _check_time(path.name, launch)
     spec = JobSpec(
         run=str(run),
         paradigm=path.paradigm,
@@ -256,6 +258,16 @@ def _check_folders(launch: LaunchSection, folders: Mapping[str, Path]) -> None:
         if mounted and any(sign in str(folder) for sign in ",:"):
             allowed = "a name without , and :, which part the mounts of a container"
             raise ConfigError(where, given=str(folder), allowed=allowed)
+
+
+def _check_time(path: str, launch: LaunchSection) -> None:
+    """Raise ConfigError if SLURM would ask the job to end as soon as it has started."""
+    at_least = launch.signal_seconds + EARLY_SECONDS
+    if launch.time is not None and time_seconds(launch.time) <= at_least:
+        allowed = (
+            f"more than {at_least} s: signal_seconds before its end, or {EARLY_SECONDS} s earlier, it is asked to end"
+        )
+        raise ConfigError(f"[launch] time of {path}", given=launch.time, allowed=allowed)
 
 
 def launcher_words(launch: LaunchSection) -> list[str]:

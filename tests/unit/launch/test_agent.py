@@ -327,9 +327,10 @@ def test_a_version_added_while_it_trains_sends_it_on(job: Job) -> None:
 def test_a_version_added_while_the_last_gates_open_sends_it_on(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     finish = agent_module.GateKeeper.finish
 
-    def slowly(gates: Any, *arguments: Any) -> None:
-        finish(gates, *arguments)
+    def slowly(gates: Any, *arguments: Any) -> bool:
+        is_done = finish(gates, *arguments)
         open_run(write_plan(job.folder / "plan.toml", HERE, versions=4), job.folder / "run")
+        return is_done
 
     monkeypatch.setattr(agent_module.GateKeeper, "finish", slowly)
     open_run(write_plan(job.folder / "plan.toml", HERE, versions=4), job.folder / "run")
@@ -531,6 +532,30 @@ def test_a_save_that_fails_when_the_time_is_up_says_why_and_uses_the_budget_up(
     slurm_job.signal(signal.SIGUSR2)
     assert slurm_job.end() == COMPLETED and requeued(slurm)
     assert slurm_job.events()[-1] == ("failed", 0) and "No space left" in slurm_job.reasons()[-1]
+
+
+def test_a_limit_that_is_too_short_for_a_checkpoint_uses_the_budget_up(slurm: FakeSlurm, slurm_job: Job) -> None:
+    slurm_job.start(WAIT_FOR_STOP)
+    wait_for(lambda: slurm_job.ranks.notes(), "the ranks run")
+    slurm_job.signal(signal.SIGUSR2)
+    assert slurm_job.end() == COMPLETED and requeued(slurm)
+    assert slurm_job.events() == [("started", 0), ("failed", 0)]
+    assert slurm_job.reasons() == ["SIGUSR2: the time is nearly up; no new checkpoint"]
+
+
+def test_a_job_does_not_end_before_slurm_has_heard_of_its_last_branch(
+    slurm: FakeSlurm, slurm_job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else would release it."""
+    monkeypatch.setattr("pathswitch.launch.slurm.RETRY_SECONDS", 0.0)
+    slurm_job.ready(240)
+    (slurm.folder / "down").touch()
+    slurm_job.start("save 240")
+    wait_for(lambda: slurm_job.log().count("branches are not started") > 2, "SLURM is asked again and again")
+    assert slurm.jobs["v3"]["reason"] == "JobHeldUser"
+    (slurm.folder / "down").unlink()
+    assert slurm_job.end() == COMPLETED
+    assert (slurm.jobs["v3"]["reason"], slurm.jobs["v3"]["dependency"]) == ("Priority", "")
 
 
 def test_a_failed_job_is_requeued_within_its_budget_and_its_branches_leave_the_queue_with_it(

@@ -261,9 +261,15 @@ def test_names_of_the_site_are_single_plain_words(tmp_path: Path, key: str, valu
         specs(tmp_path, f"{ON_SLURM}{key} = {json.dumps(value)}")
 
 
-@pytest.mark.parametrize("option", sorted(SBATCH_KEYS))
+# What a job is known by, where its output goes, how it is queued, and what would keep sbatch from submitting it.
+OURS = {"job-name", "comment", "output", "error", "open-mode", "chdir", "requeue", "no-requeue", "signal", "ntasks"}
+OURS |= {"dependency", "hold", "kill-on-invalid-dep", "array", "wait", "wrap", "parsable"}
+OURS |= {"clusters", "test-only", "help", "usage", "version"}
+
+
+@pytest.mark.parametrize("option", sorted(OURS | SBATCH_KEYS.keys()))
 def test_an_option_that_pathswitch_decides_is_refused_with_the_key_that_decides_it(tmp_path: Path, option: str) -> None:
-    instead = f"the key {SBATCH_KEYS[option]}" if SBATCH_KEYS[option] else "pathswitch itself"
+    instead = f"the key {SBATCH_KEYS[option]}" if SBATCH_KEYS.get(option) else "pathswitch itself"
     for line in (f"--{option}", f"--{option}=x"):
         with pytest.raises(ConfigError, match=rf"--{option} is decided by {instead}"):
             specs(tmp_path, f'{ON_SLURM}sbatch = ["{line}"]')
@@ -294,6 +300,13 @@ def test_times_are_seconds(text: str, seconds: int) -> None:
 def test_other_times_are_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"\[launch\] time: given .*; allowed: 'HH:MM:SS' or 'D-HH:MM:SS'"):
         specs(tmp_path, f'{ON_SLURM}time = "{text}"')
+
+
+def test_a_limit_in_which_a_job_would_be_asked_to_end_at_once_is_refused(tmp_path: Path) -> None:
+    launch = f'{ON_SLURM}time = "01:00:00"\nsignal_seconds = 600\nbranches = {{time = "00:11:00"}}'
+    with pytest.raises(ConfigError, match=r"\[launch\] time of v1: given '00:11:00'; allowed: more than 660 s"):
+        specs(tmp_path, launch)
+    assert specs(tmp_path, launch.replace("00:11:00", "00:11:01"))
 
 
 @pytest.mark.parametrize("section", ["launch", "launch.branches", "launch.paths.v1"])
