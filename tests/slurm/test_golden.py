@@ -69,7 +69,9 @@ def launch_lines(job: JobSpec, monkeypatch: pytest.MonkeyPatch) -> str:
     for step in starts:
         launcher = launcher_of(job, "4711" if job.launch.kind == "slurm" else None)
         line = {"step": step, "command": launcher.command(job.command_from(step))}
-        lines.append(line | {"environment": {**job.environment(), **launcher.environment()}})
+        found = {**job.environment(), **launcher.environment()}
+        of_machine = {"OMP_NUM_THREADS", "DS_ACCELERATOR"} | {k for k, v in os.environ.items() if found.get(k) == v}
+        lines.append(line | {"environment": {k: v for k, v in found.items() if k not in of_machine}})
     return json.dumps(lines, indent=1) + "\n"
 
 
