@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -156,13 +157,32 @@ def test_a_run_is_examined_as_it_was_submitted(tmp_path: Path) -> None:
     assert [host.name for host in subject.hosts] == ["hA"] and subject.working_folder == tmp_path
 
 
-def test_an_examination_that_breaks_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_examination_that_breaks_says_so() -> None:
     def breaks() -> list[Finding]:
         raise ZeroDivisionError("at the worst moment")
 
-    [finding] = examine_apart(breaks, 9)
-    assert finding.found == "ended by itself, without a result"
-    assert "at the worst moment" in capfd.readouterr().err
+    with pytest.raises(RuntimeError, match=r"in breaks\n(.*\n)*ZeroDivisionError: at the worst moment"):
+        examine_apart(breaks, 9)
+
+
+def test_an_examination_that_is_killed_is_a_finding() -> None:
+    def dies() -> list[Finding]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return []
+
+    [finding] = examine_apart(dies, 9)
+    assert (finding.status, finding.found) == ("problem", "ended by itself, without a result")
+
+
+def test_nobody_waits_for_an_examination_that_hangs(tmp_path: Path) -> None:
+    """Not even whoever reads what is printed: the child that hangs has left the pipe."""
+    code = "import os, time; from pathswitch.launch.doctor.apart import examine_apart, os as apart_os\n"
+    code += "apart_os.kill = lambda *_: None\n"  # as if it could not be killed
+    code += "print(examine_apart(lambda: time.sleep(20), 0.1)[0].name)"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "examination\n"
+    assert time.monotonic() - start < 15
 
 
 def test_the_time_is_limited_whatever_hangs(tmp_path: Path) -> None:

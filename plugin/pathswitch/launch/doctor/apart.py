@@ -25,6 +25,7 @@ def examine_apart(examination: Callable[[], list[Finding]], seconds: float) -> l
 
     Raises:
         PathSwitchError: the examination raises one.
+        RuntimeError: the examination breaks.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -45,27 +46,32 @@ def examine_apart(examination: Callable[[], list[Finding]], seconds: float) -> l
         todo = "ls the plan, the run folder and the hostfile: repair or leave the file system that hangs"
         return [problem("examination", f"held up for more than {seconds:.0f} s", todo)]
     if not told:
-        return [problem("examination", "ended by itself, without a result", "see the messages above, and report them")]
+        return [problem("examination", "ended by itself, without a result", "run it again, and report it")]
     content = json.loads(told)
     if "error" in content:
         raise PathSwitchError(content["error"])
+    if "broken" in content:
+        raise RuntimeError(content["broken"])
     return [Finding(**finding) for finding in content["findings"]]
 
 
 def _tell(examination: Callable[[], list[Finding]], writer: int) -> None:
-    """Write the findings as JSON, and end this process without a look at anything else."""
+    """Write the findings as JSON, and end this process without a look at anything else.
+
+    It may hang for ever: whoever reads what the command line prints must not have to wait for it.
+    """
     try:
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(nothing, standard)
         try:
             content: dict[str, Any] = {"findings": [finding.as_json() for finding in examination()]}
         except PathSwitchError as error:
             content = {"error": str(error)}
+        except Exception:
+            content = {"broken": traceback.format_exc()}
         with os.fdopen(writer, "w") as pipe:
             json.dump(content, pipe)
-    except KeyboardInterrupt:
-        pass
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
     finally:
         os._exit(0)
 
