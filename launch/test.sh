@@ -16,7 +16,7 @@ fi
 install_launchers() {
     local tool packages=()
     for tool in slurmctld slurmd sbatch=slurm-client munged=munge sshd=openssh-server ssh=openssh-client pdsh \
-        mpirun=openmpi-bin ip=iproute2 shellcheck; do
+        mpirun=openmpi-bin ip=iproute2 mkfs.btrfs=btrfs-progs shellcheck; do
         PATH=$PATH:/usr/sbin:/sbin command -v "${tool%=*}" >/dev/null || packages+=("${tool#*=}")
     done
     [ ${#packages[@]} = 0 ] && return
