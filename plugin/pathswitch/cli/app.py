@@ -16,7 +16,9 @@ from pathswitch.config import PlanFile, build_plan, load_plan_file
 from pathswitch.errors import ConfigError, PathSwitchError, choices
 from pathswitch.versions import MAIN, PARADIGMS, Paradigm, Plan
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    rich_markup_mode="markdown", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 console = Console()
 
 PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN.toml", help="The plan file.")]

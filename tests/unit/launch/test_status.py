@@ -12,7 +12,9 @@ import pytest
 from fake_slurm import FakeSlurm
 from launch_jobs import HERE, ON_SLURM, commit, complete, open_run, write_plan
 from rich.console import Console
+from typer.testing import CliRunner
 
+from pathswitch.cli.app import app
 from pathswitch.cli.job_tables import short_lr, status_line, status_table, submission_json, submission_table
 from pathswitch.cli.jobs import show_status, submit_plan
 from pathswitch.config import load_plan_file
@@ -379,3 +381,10 @@ def test_watching_ends_when_no_job_is_left(
     show_status(run, watch=True, as_json=False)
     assert len(looks) == 4
     assert "lost" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["submit", "status", "cancel"])
+def test_help_names_the_plans_sections(command: str) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+    assert shown.count("[launch]") == (1 if command == "submit" else 0)
+    assert "--json" in shown or command == "cancel"
