@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from pathswitch.errors import RunError
 from pathswitch.run_folder import PathFolder
@@ -24,7 +25,7 @@ def only_agent(files: PathFolder, patience_seconds: float = 1.0) -> Iterator[Non
         patience_seconds: how long to wait for it; `pathswitch status` takes it for an instant, to see if it is free.
 
     Raises:
-        RunError: another agent holds it.
+        RunError: another agent holds it, or it cannot be locked.
     """
     files.folder.mkdir(parents=True, exist_ok=True)
     with (files.folder / "agent.lock").open("a+") as lock:
@@ -38,10 +39,17 @@ def only_agent(files: PathFolder, patience_seconds: float = 1.0) -> Iterator[Non
                     lock.seek(0)
                     raise RunError(f"{files.folder}: {lock.read().strip()} looks after this path") from None
                 time.sleep(LOOK_SECONDS)
+            except OSError as error:
+                raise no_locks(files.folder, error) from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
         yield
+
+
+def no_locks(folder: Path, error: OSError) -> RunError:
+    """Return the error of a file system on which nothing can be locked, as Lustre that was mounted without -o flock."""
+    return RunError(f"{folder}: files cannot be locked there ({error.strerror}); `pathswitch doctor` says what to do")
 
 
 def holder(files: PathFolder) -> str | None:

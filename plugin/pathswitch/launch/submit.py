@@ -17,6 +17,7 @@ from pathswitch.config import PlanFile, build_plan
 from pathswitch.errors import ConfigError, RunError
 from pathswitch.launch import slurm
 from pathswitch.launch.agent import is_cancelled
+from pathswitch.launch.agent_lock import no_locks
 from pathswitch.launch.gate import OPEN, Gate, durable_step, open_gate
 from pathswitch.launch.gatekeeper import release
 from pathswitch.launch.journal import Journal
@@ -184,4 +185,6 @@ def only_submission(run: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"{run}: another `pathswitch submit` is at work on this run") from None
+        except OSError as error:
+            raise no_locks(run, error) from None
         yield

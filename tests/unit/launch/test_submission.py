@@ -19,6 +19,7 @@ from pathswitch.cli.jobs import submit_plan
 from pathswitch.config import load_plan_file
 from pathswitch.errors import ConfigError, PathSwitchError, RunError
 from pathswitch.launch import slurm as slurm_module
+from pathswitch.launch.agent_lock import only_agent
 from pathswitch.launch.cancel import cancel_jobs
 from pathswitch.launch.journal import Journal
 from pathswitch.launch.spec import load_spec
@@ -438,6 +439,20 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_ours(slurm: FakeSlurm, p
     (tmp_path / "file").touch()
     with pytest.raises(PathSwitchError, match="cannot be written"):
         submit(plan, tmp_path / "file" / "run")
+
+
+def test_a_file_system_without_locks_is_an_error_of_ours(
+    slurm: FakeSlurm, plan: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unable(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    job = open_run(plan, run)["main"]
+    monkeypatch.setattr("fcntl.flock", unable)
+    with pytest.raises(RunError, match=r"files cannot be locked there .*pathswitch doctor"):
+        submit(plan, run)
+    with pytest.raises(RunError, match="files cannot be locked there"), only_agent(job.files):
+        pass
 
 
 def test_no_job_at_all_is_refused(slurm: FakeSlurm, run: Path, tmp_path: Path) -> None:
