@@ -181,7 +181,8 @@ class Agent:
         except RunError as error:
             self._say(f"cannot be requeued ({error}): submitting a job that follows")
             after = f"afterany:{self._slurm_job}"
-            job_id = slurm.submit(self.spec.files.batch_script, job_comment(self.spec), after=after)
+            script, comment = self.spec.files.batch_script, job_comment(self.spec)
+            job_id = slurm.submit(script, comment, after=after, prefix="SLURM_JOB_")
             self._journal.write("submitted", job_id)
             return COMPLETED
         self._is_requeued = True

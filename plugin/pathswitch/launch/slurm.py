@@ -52,14 +52,14 @@ def command_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in environ.items() if k == "SLURM_CONF" or not k.startswith(options)}
 
 
-def _defaults(script: Path, environ: Mapping[str, str]) -> list[str]:
-    """Return options that the user's environment gives to jobs whose script has none of its own."""
+def _defaults(script: Path, environ: Mapping[str, str], prefix: str) -> list[str]:
+    """Return options that variables with a prefix give to a job whose script has none of its own."""
     text = script.read_text()
-    found = {name: environ.get(f"SBATCH_{name.upper()}") for name in DEFAULTS if f"\n#SBATCH --{name}=" not in text}
+    found = {name: environ.get(f"{prefix}{name.upper()}") for name in DEFAULTS if f"\n#SBATCH --{name}=" not in text}
     return [f"--{name}={value}" for name, value in found.items() if value]
 
 
-def submit(script: Path, comment: str, *, held: bool = False, after: str | None = None) -> str:
+def submit(script: Path, comment: str, *, held: bool = False, after: str | None = None, prefix: str = "SBATCH_") -> str:
     """Submit a batch script and return the job's id; a job that a broken answer hides is found by its comment.
 
     Args:
@@ -67,11 +67,13 @@ def submit(script: Path, comment: str, *, held: bool = False, after: str | None 
         comment: tells this job from all others; it stands in the script.
         held: whether the job waits until it is released.
         after: a dependency, such as ``afterok:12``; the job is cancelled if it cannot be met any more.
+        prefix: of the variables that name account, partition, QOS and reservation, where the script does not: those
+            of whoever submits, or ``SLURM_JOB_``, those of the job that this process runs in.
 
     Raises:
         RunError: SLURM refuses the job, or does not answer.
     """
-    command = ["sbatch", "--parsable", *_defaults(script, os.environ), *(["--hold"] if held else [])]
+    command = ["sbatch", "--parsable", *_defaults(script, os.environ, prefix), *(["--hold"] if held else [])]
     if after is not None:
         command += [f"--dependency={after}", "--kill-on-invalid-dep=yes"]
     deadline = time.monotonic() + RETRY_SECONDS

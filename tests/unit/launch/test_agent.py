@@ -586,8 +586,9 @@ def test_lost_nodes_use_the_budget_up_and_preemptions_do_not(slurm: FakeSlurm, s
 
 def test_where_a_job_may_not_be_requeued_another_one_follows(slurm: FakeSlurm, slurm_job: Job) -> None:
     (slurm.bin / "scontrol").write_text("#!/bin/sh\necho 'Requested operation is not permitted' >&2; exit 1\n")
-    assert slurm_job.run("exit 1") == COMPLETED
+    assert slurm_job.run("exit 1", SLURM_JOB_ACCOUNT="mine", SLURM_JOB_PARTITION="gpu") == COMPLETED
     job = slurm.all_jobs()[-1]
+    assert {"--account=mine", "--partition=gpu"} <= set(job["options"])
     assert job["comment"].endswith(":main") and job["dependency"] == "afterany:1"
     assert not any(name.startswith("SLURM_") for name in slurm.environments()[-1])
 

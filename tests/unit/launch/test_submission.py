@@ -395,12 +395,13 @@ def test_the_environment_decides_nothing_that_the_plan_does(
 def test_a_submission_from_within_a_job_does_not_inherit_its_options(
     slurm: FakeSlurm, plan: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = {"SLURM_JOB_ID": "5", "SLURM_NTASKS_PER_NODE": "2", "SLURM_CONF": "/etc/slurm.conf"}
+    values = {"SLURM_JOB_ID": "5", "SLURM_JOB_PARTITION": "interactive", "SLURM_CONF": "/etc/slurm.conf"}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     submit(plan, run)
     for environ in slurm.environments():
         assert [name for name in environ if name.startswith("SLURM_")] == ["SLURM_CONF"]
+    assert not any("interactive" in option for job in slurm.all_jobs() for option in job["options"])
 
 
 def test_a_plan_that_contradicts_the_run_submits_nothing(slurm: FakeSlurm, plan: Path, run: Path) -> None:
