@@ -15,8 +15,8 @@ from rich.console import Console
 
 from pathswitch.atomic import write_text_atomic
 from pathswitch.config import plan_from_params
-from pathswitch.launch.local import deepspeed_command, job_environment, run_job
 from pathswitch.launch.failure import failure_reason
+from pathswitch.launch.local import deepspeed_command, job_environment, run_job
 from pathswitch.launch.progress import PathProgress
 
 
