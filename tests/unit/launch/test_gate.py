@@ -213,6 +213,7 @@ def test_the_newest_committed_step_is_of_the_path_itself_and_readable(jobs: dict
     commit(main, 30)
     commit(main, 35, path="v1")
     edit_me = commit(main, 50)
+    assert durable_step(main.files, "main") == 50
     (edit_me / "pathswitch.json").write_text("{")
     (main.files.checkpoints / "global_step60").mkdir()
     assert durable_step(main.files, "main") == 30
@@ -299,6 +300,23 @@ def test_the_keeper_releases_branches_as_their_forks_come(slurm: FakeSlurm, subm
     assert sorted(released) == sorted(slurm.jobs[name]["id"] for name in ("v1", "v2", "v3"))
 
 
+def test_the_keeper_looks_when_something_has_changed_and_not_before(
+    submitted: dict[str, JobSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+    children = GateKeeper.children
+    monkeypatch.setattr(GateKeeper, "children", lambda gates: looks.append("") or children(gates))
+    gates = keeper(submitted["main"])
+    commit(submitted["main"], 10)
+    for count, step in enumerate((20, 30, 40), 1):
+        wait_for(lambda: gates.poll() or len(looks) == count, "a look")  # noqa: B023
+        for _ in range(20):
+            gates.poll()
+            time.sleep(0.01)
+        assert len(looks) == count
+        commit(submitted["main"], step)
+
+
 def test_the_keeper_sees_a_version_that_is_added(
     slurm: FakeSlurm, submitted: dict[str, JobSpec], tmp_path: Path
 ) -> None:
@@ -340,8 +358,8 @@ def test_the_keeper_looks_again_when_the_controller_was_away(
     (slurm.folder / "down").touch()
     gates = keeper(submitted["main"])
     commit(submitted["main"], 40)
+    wait_for(lambda: gates.poll() or "branches are not started: squeue" in capsys.readouterr().out, "a look")
     assert not gates.finish()
-    assert "branches are not started: squeue" in capsys.readouterr().out
     (slurm.folder / "down").unlink()
     wait_for(lambda: gates.poll() or held(slurm) == ["v2", "v3"], "v1 is released")
 
@@ -361,8 +379,8 @@ def test_the_keeper_waits_no_longer_than_it_has_patience(
 
 def test_branches_that_wait_in_vain_leave_the_queue(slurm: FakeSlurm, submitted: dict[str, JobSpec]) -> None:
     commit(submitted["main"], 40)
+    assert ask(submitted["v1"]) == OPEN  # and somebody holds it all the same
     gates = keeper(submitted["main"])
-    gates.finish()
     gates.cancel_waiting("main gave up: disk full", "agent.0")
     assert {name: job["state"] for name, job in slurm.jobs.items()} == {
         "main": "RUNNING",
