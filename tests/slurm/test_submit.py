@@ -124,7 +124,8 @@ def _lose_a_node(story: Story, path: str) -> None:
 def _damage_the_fork(story: Story, path: str) -> None:
     """Damage a fork's checkpoint before the main path's agent, which stands still meanwhile, can look at it."""
     run = story.run
-    (agent,) = run.processes("pathswitch.launch.agent", str(run.folder("main") / "job.json"))
+    # What it starts looks like it for an instant, and comes after it.
+    agent = min(run.processes("pathswitch.launch.agent", str(run.folder("main") / "job.json")))
     os.kill(agent, signal.SIGSTOP)
     try:
         run.slow("main", FORKS[path] + SAVE_EVERY)
