@@ -54,19 +54,23 @@ def _patch(engine_class: type[Any], name: str, replacement: Wrapper) -> None:
     original = getattr(engine_class, name)
     if getattr(original, "pathswitch_patch", False):
         return
-    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(getattr(self, "lr_scheduler", None), FollowsPlan):
             return original(self, *args, **kwargs)
-        named = signature.bind(self, *args, **kwargs).arguments
-        named.pop("self")
-        return replacement(original, self, **named)
+        return replacement(original, self, *args, **kwargs)
 
     method.pathswitch_patch = True  # type: ignore[attr-defined]
     setattr(engine_class, name, method)
     logger.info("pathswitch: patched %s.%s", engine_class.__name__, name)
+
+
+def _named(original: Wrapper, engine: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Return a call's arguments by name."""
+    arguments = inspect.signature(original).bind(engine, *args, **kwargs).arguments
+    arguments.pop("self")
+    return arguments
 
 
 def _get_lr(original: Wrapper, engine: Any) -> list[float]:
@@ -89,16 +93,18 @@ def _configure_checkpointing(original: Wrapper, engine: Any) -> None:
     engine.pathswitch_job = None if control is None else EngineJob(checkpoints, control)
 
 
-def _save_checkpoint(original: Wrapper, engine: Any, **arguments: Any) -> Any:
+def _save_checkpoint(original: Wrapper, engine: Any, *args: Any, **kwargs: Any) -> Any:
     """Commit what is saved: DeepSpeed moves ``latest`` before the other ranks have written."""
+    arguments = _named(original, engine, *args, **kwargs)
     result = engine.pathswitch_checkpoints.save(original, **arguments)
     if engine.pathswitch_job is not None:
         engine.pathswitch_job.after_save(arguments["save_dir"], arguments.get("save_latest", True))
     return result
 
 
-def _load_checkpoint(original: Wrapper, engine: Any, **arguments: Any) -> Any:
+def _load_checkpoint(original: Wrapper, engine: Any, *args: Any, **kwargs: Any) -> Any:
     """Verify what is loaded, and refuse what DeepSpeed turns into a silent start from scratch."""
+    arguments = _named(original, engine, *args, **kwargs)
     result = load(engine.pathswitch_checkpoints, original, **arguments)
     engine.lr_scheduler.check_position()
     if not arguments.get("load_module_only", False):
@@ -106,11 +112,11 @@ def _load_checkpoint(original: Wrapper, engine: Any, **arguments: Any) -> Any:
     return result
 
 
-def _around_step(original: Wrapper, engine: Any, **arguments: Any) -> Any:
+def _around_step(original: Wrapper, engine: Any, *args: Any, **kwargs: Any) -> Any:
     """Save and end behind a step where that is due, in a job that asks for it."""
     if engine.pathswitch_job is None:
-        return original(engine, **arguments)
-    return engine.pathswitch_job.around(lambda: original(engine, **arguments))
+        return original(engine, *args, **kwargs)
+    return engine.pathswitch_job.around(lambda: original(engine, *args, **kwargs))
 
 
 def _has_decoupled_writer(engine: Any) -> bool:

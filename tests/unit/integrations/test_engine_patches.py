@@ -14,6 +14,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from pathswitch.errors import PathSwitchError
 from pathswitch.integrations.deepspeed import patch_engine
+from pathswitch.integrations.path_state import FollowsPlan
 
 PATCHED = ("get_lr", "load_checkpoint")
 
@@ -47,3 +48,10 @@ def test_other_schedulers_get_the_original(monkeypatch: pytest.MonkeyPatch, sche
     assert DeepSpeedEngine.get_lr(engine) == ["the group's lr"]
     del engine.lr_scheduler
     assert DeepSpeedEngine.get_lr(engine) == ["the group's lr"], "an engine that is still being made"
+
+
+def test_a_step_that_another_tool_has_wrapped_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DeepSpeedEngine, "step", lambda *args, **kwargs: (args[1:], kwargs))
+    patch_engine()
+    engine = SimpleNamespace(lr_scheduler=FollowsPlan(), pathswitch_job=None)
+    assert DeepSpeedEngine.step(engine, 1, lr_kwargs=None) == ((1,), {"lr_kwargs": None})
