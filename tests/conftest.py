@@ -17,7 +17,7 @@ settings.register_profile("pathswitch", deadline=None, derandomize=True)
 settings.load_profile("pathswitch")
 
 # Folders whose tests share something that takes long to make, or that a machine has one of: one worker runs them all.
-TOGETHER = ("tests/slurm", "tests/hosts", "tests/integration/run")
+TOGETHER = ("tests/slurm", "tests/integration/run", "tests/hosts")
 # What takes long comes first, so that the workers end at the same time.
 LONG = (*TOGETHER, "tests/integration", "tests/megatron")
 
