@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pathswitch.cli.jobs import submit_plan
 from pathswitch.config import PlanFile, build_plan, load_plan_file
 from pathswitch.launch.spec import JobSpec, job_specs
 from pathswitch.launch.submit import rendered, write_files
@@ -67,3 +70,16 @@ def complete(spec: JobSpec, end_step: int | None = None) -> None:
     """Write the record that a path is trained to its end."""
     spec.files.completion.parent.mkdir(parents=True, exist_ok=True)
     spec.files.completion.write_text(json.dumps({"end_step": end_step or spec.end_step}))
+
+
+def submit(plan: Path, run: Path, *, dry_run: bool = False, as_json: bool = False) -> int:
+    """Submit a plan as the command does, and return its exit code."""
+    plan_file = load_plan_file(plan)
+    return submit_plan(plan, plan_file, run, "path_switching", dry_run=dry_run, yes=True, as_json=as_json)
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.01)

@@ -7,15 +7,13 @@ import multiprocessing
 import signal
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fake_slurm import FakeSlurm
-from launch_jobs import HERE, open_run, write_plan
+from launch_jobs import HERE, open_run, submit, wait_for, write_plan
 
-from pathswitch.cli.jobs import cancel_run, submit_plan
-from pathswitch.config import load_plan_file
+from pathswitch.cli.jobs import cancel_run
 from pathswitch.errors import ConfigError, RunError
 from pathswitch.launch.agent_lock import holder, only_agent
 from pathswitch.launch.cancel import cancel_jobs
@@ -30,18 +28,11 @@ BY = f"cancelled by {getpass.getuser()} on {socket.gethostname()}"
 def run(slurm: FakeSlurm, tmp_path: Path) -> Path:
     """A run whose main path and first branch are running."""
     plan, run = write_plan(tmp_path / "plan.toml"), tmp_path / "run"
-    submit_plan(plan, load_plan_file(plan), run, "path_switching", dry_run=False, yes=True, as_json=False)
+    submit(plan, run)
     for name in ("main", "v1"):
         slurm.change(name, state="RUNNING", reason="None")
     slurm.forget_calls()
     return run
-
-
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, f"not within 30 s: {what}"
-        time.sleep(0.01)
 
 
 def test_what_runs_is_asked_to_save_and_what_waits_leaves_the_queue(slurm: FakeSlurm, run: Path) -> None:

@@ -8,12 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch_jobs import commit, complete, open_run, write_plan
+from launch_jobs import commit, complete, open_run, wait_for, write_plan
 
 from pathswitch.launch.journal import Journal
 from pathswitch.launch.spec import JobSpec
@@ -70,13 +68,6 @@ class Plan:
 def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=PATIENCE_SECONDS)
     return process.returncode, out, err
-
-
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {PATIENCE_SECONDS} s: {what}"
-        time.sleep(0.02)
 
 
 @pytest.mark.slow

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 from fake_slurm import FakeSlurm
-from launch_jobs import HERE, ON_SLURM, commit, complete, open_run, write_plan
+from launch_jobs import HERE, ON_SLURM, commit, complete, open_run, submit, write_plan
 from rich.console import Console
 from typer.testing import CliRunner
 
 from pathswitch.cli.app import app
 from pathswitch.cli.job_tables import short_lr, status_line, status_table, submission_json, submission_table
-from pathswitch.cli.jobs import show_status, submit_plan
+from pathswitch.cli.jobs import show_status
 from pathswitch.config import load_plan_file
 from pathswitch.errors import RunError
 from pathswitch.launch.agent_lock import only_agent
@@ -48,7 +48,7 @@ def here(tmp_path: Path, run: Path) -> dict[str, JobSpec]:
 @pytest.fixture
 def on_slurm(slurm: FakeSlurm, tmp_path: Path, run: Path) -> dict[str, JobSpec]:
     plan = write_plan(tmp_path / "plan.toml")
-    submit_plan(plan, load_plan_file(plan), run, "path_switching", dry_run=False, yes=True, as_json=False)
+    submit(plan, run)
     return open_run(plan, run)
 
 
