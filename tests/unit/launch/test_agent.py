@@ -246,6 +246,7 @@ def test_a_stop_file_of_an_earlier_agent_is_none_of_this_one(job: Job) -> None:
     job.ready(240)
     job.files.stop.write_text("SIGTERM received\n")
     assert job.run('[ ! -e "$PATHSWITCH_STOP_FILE" ] && save 240') == COMPLETED
+    assert job.events() == [("started", 0), ("completed", 240)]
 
 
 def test_a_cancelled_job_saves_and_is_not_started_again(job: Job) -> None:
@@ -274,7 +275,7 @@ def test_ranks_that_hear_of_it_before_the_agent_does_have_not_failed(
     monkeypatch.setattr(agent_module, "POLL_SECONDS", 1.0)
     asks = 'echo "cancelled by me on this" > "$PATHSWITCH_STOP_FILE"' if by == "a cancellation" else "kill -TERM $PPID"
     assert job.run(f"sleep 0.1; {asks}; exit 0") == ASKED
-    assert job.events()[-1] == (("cancelled" if by == "a cancellation" else "stopped"), 0)
+    assert job.events() == [("started", 0), ("cancelled" if by == "a cancellation" else "stopped", 0)]
 
 
 def test_a_cancellation_while_a_gate_is_verified_is_not_lost(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
