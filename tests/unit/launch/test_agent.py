@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from agent_job import WAIT_FOR_STOP, Job, Ranks, make_job
+from agent_job import WAIT_FOR_STOP, Job, Ranks
 from launch_jobs import HERE, SCHEDULE, commit, complete, open_run, wait_for, write_plan
 
 from pathswitch.errors import RunError
@@ -118,15 +118,15 @@ def test_a_launcher_that_cannot_be_started_is_a_failure_that_says_why(
     assert f"/none/such cannot be started in {job.folder}: No such file or directory" in job.reasons()
 
 
-def test_a_branch_whose_gate_is_closed_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = make_job(tmp_path, monkeypatch, HERE, "v1")
+def test_a_branch_whose_gate_is_closed_is_given_up(make_job: Callable[..., Job]) -> None:
+    job = make_job(HERE, "v1")
     assert job.run("exit 0") == GAVE_UP
     assert job.events() == [("gave up", 40)] and job.reasons() == ["may not start: until main@40"]
     assert job.ranks.notes() == []
 
 
-def test_a_branch_starts_from_its_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = make_job(tmp_path, monkeypatch, HERE, "v1")
+def test_a_branch_starts_from_its_fork(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    job = make_job(HERE, "v1")
     commit(open_run(tmp_path / "plan.toml", tmp_path / "run")["main"], 40)
     job.ready(100)
     assert job.run("[ -e $CKPT/global_step40/pathswitch.json ] && save 100") == COMPLETED
@@ -145,13 +145,11 @@ def test_the_ranks_have_the_jobs_environment_and_no_input(job: Job, monkeypatch:
     assert job.ranks.notes()[0] == "start train.py --path main"
 
 
-def test_a_path_of_several_parts_goes_on_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_of_several_parts_goes_on_at_once(make_job: Callable[..., Job], tmp_path: Path) -> None:
     data = "".join(f'[[versions]]\nname = "v{n}"\nsteps = 100\nmegatron_data = "v{n}"\n' for n in (1, 2))
     launch = '[launch]\ncommand = ["pretrain.py", "{megatron_args}"]\n'
     (tmp_path / "plan.toml").write_text(f"{SCHEDULE}{data}[megatron]\nglobal_batch_size = 4\n{launch}")
-    job = Job(open_run(tmp_path / "plan.toml", tmp_path / "run")["main"], tmp_path)
-    monkeypatch.setattr(agent_module, "launcher_of", lambda spec, slurm_job: job.ranks)
-    monkeypatch.setattr(sys, "argv", ["agent", str(job.files.job)])
+    job = make_job(plan=tmp_path / "plan.toml")
     job.ready(60, 100, 140)
     assert job.run("save 60; exit 1", "save 100", "save 140") == COMPLETED
     data_of = [line.split("--data-path ")[1].split()[0] for line in job.ranks.notes() if line.startswith("start")]
