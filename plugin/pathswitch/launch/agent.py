@@ -243,10 +243,11 @@ class Agent:
             return "completed", ""
         now, why = self._durable_step(), f"exit code {code}: {failure_reason(self.spec.files.log, log_start)}"
         if request is not None:
-            failed = failure or (why if code else "no new checkpoint") if now == step else ""
             near = self._slurm_job is not None and self._signals[:1] == [self.spec.launch.signal]
-            reason = f"{request.reason}; {failed}" if failed and (code or near) else request.reason
-            return ("cancelled" if cancelled else "unsaved" if near and failed else "stopped"), reason
+            nothing_new = "no new checkpoint" if near and now == step else ""
+            trouble = failure or (why if code and now == step else nothing_new)
+            reason = f"{request.reason}; {trouble}" if trouble else request.reason
+            return ("cancelled" if cancelled else "unsaved" if nothing_new else "stopped"), reason
         if failure is not None:
             return "failed", failure
         if self._slurm_job is not None and slurm.is_preempted(self._slurm_job):

@@ -226,8 +226,9 @@ def test_ranks_that_do_not_listen_are_asked_again_until_their_time_is_up(
 ) -> None:
     monkeypatch.setattr(agent_module, "SAVE_SHARE", 1 / 300)
     monkeypatch.setattr(agent_module, "ASK_AGAIN_SECONDS", 0.2)
-    job.start("sleep 1000")
-    wait_for(lambda: job.ranks.notes(), "the ranks run")
+    job.ready(40)
+    job.start("save 40; touch $NOTES.saved; sleep 1000")
+    wait_for((job.folder / "notes.saved").exists, "the ranks run")
     job.signal(signal.SIGTERM)
     assert job.end() == ASKED
     assert job.ranks.notes().count("asked") >= 3
