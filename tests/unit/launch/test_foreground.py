@@ -95,15 +95,18 @@ def test_a_branch_trains_beside_its_parent_as_soon_as_it_may(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_one_at_a_time_means_one(tmp_path: Path) -> None:
-    plan = Plan(tmp_path)
-    plan.script("main", "wait_for go; [ ! -e started.v1 ] && exit 1", 40)
-    plan.script("v1", "save 100", 100)
+def test_one_at_a_time_means_one_and_gates_of_a_parent_that_is_done_are_opened(tmp_path: Path) -> None:
+    plan = Plan(tmp_path, versions=2)
     jobs = plan.jobs()
     commit(jobs["main"], 40)
+    commit(jobs["main"], 140)
     complete(jobs["main"])
-    assert plan.submit()[0] == 0  # the gate of a parent that is done is opened by the submission
-    assert plan.events("v1") == ["opened", "started", "completed"] and not (tmp_path / "started.main").exists()
+    plan.script("v1", "sleep 0.5; [ ! -e started.v2 ] && touch ended.v1 && save 100", 100)
+    plan.script("v2", "[ -e ended.v1 ] && save 200", 200)
+    code, _, err = plan.submit()
+    assert code == 0, err
+    assert plan.events("v1") == plan.events("v2") == ["opened", "started", "completed"]
+    assert not (tmp_path / "started.main").exists()
 
 
 @pytest.mark.slow

@@ -361,6 +361,19 @@ def test_a_log_has_no_line_that_is_broken(
     assert [row["path"] for row in json.loads(capsys.readouterr().out)] == ["main", "v1", "v2", "v3"]
 
 
+def test_a_log_is_as_wide_as_the_names_in_it(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    plan, name = write_plan(tmp_path / "plan.toml", HERE, versions=1), "v" * 64
+    plan.write_text(plan.read_text().replace('"v1"', f'"{name}"'))
+    submit(plan, run, dry_run=True)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:3]] == ["path", "main", name]
+    monkeypatch.setenv("COLUMNS", "50")
+    submit(plan, run, dry_run=True)
+    assert max(map(len, capsys.readouterr().out.splitlines()[:3])) <= 50
+
+
 def test_watching_ends_when_no_job_is_left(
     slurm: FakeSlurm,
     on_slurm: dict[str, JobSpec],
