@@ -81,7 +81,8 @@ if __name__ == "__main__":
 def test_what_a_rank_starts_ends_as_ever() -> None:
     """A forked child that would not end when terminated keeps `with Pool()` waiting for ever."""
     done = python(CHILDREN, RANK="0", **ASKED)
-    assert done.stdout.replace("waiting\n", "").splitlines() == [
+    # The child may be ended between the word and the end of its line, or before both.
+    assert done.stdout.replace("waiting\n", "").replace("waiting", "").splitlines() == [
         f"rank {NOTED}",
         "True",
         f"forked {DEFAULT}",

@@ -46,11 +46,13 @@ class FakeSlurm:
         return sorted(job["comment"].rpartition(":")[2] for job in self.all_jobs() if job["state"] not in ended)
 
     def change(self, name: str, **fields: Any) -> None:
-        jobs = self.all_jobs()
-        for job in jobs:
-            if job["comment"].endswith(f":{name}"):
-                job.update(fields)
-        _write(self.folder / "jobs.json", jobs)
+        with (self.folder / "lock").open("a") as lock:  # a command reads all jobs, and writes them back
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            jobs = self.all_jobs()
+            for job in jobs:
+                if job["comment"].endswith(f":{name}"):
+                    job.update(fields)
+            _write(self.folder / "jobs.json", jobs)
 
     def calls(self, *names: str) -> list[list[str]]:
         """The command lines so far, of some commands or of all."""

@@ -256,8 +256,8 @@ def test_two_names_of_one_machine_are_one(sleepers: dict[str, subprocess.Popen[b
 
 @pytest.mark.usefixtures("fake_ssh")
 def test_a_watch_names_the_host_that_is_silent_and_no_other() -> None:
-    watch = HostWatch(["here", "gone"], Ssh(), timeout_seconds=1.5)
     began = time.monotonic()
+    watch = HostWatch(["here", "gone"], Ssh(), timeout_seconds=1.5)
     while (failure := watch.failure()) is None and time.monotonic() < began + 20:
         time.sleep(0.05)
     took = time.monotonic() - began
