@@ -29,7 +29,7 @@ from pathswitch.launch.deepspeed_env import (
 from pathswitch.launch.host_watch import HostWatch, keep_alive
 from pathswitch.launch.hosts import ANSWER_SECONDS, Ssh, first_hosts, on_all
 from pathswitch.launch.launcher import module_or_script
-from pathswitch.launch.spec import FIRST_PORT, PORTS, JobSpec
+from pathswitch.launch.spec import FIRST_PORT, PORTS, JobSpec, launcher_words
 
 GRACE_SECONDS = 10.0
 ASK_AGAIN_SECONDS = 2.0
@@ -96,7 +96,7 @@ class HostfileLauncher:
         self._pdsh = launch.launcher != "openmpi"
         self._hosts = first_hosts(Path(spec.working_folder, launch.hostfile), spec.nodes, spec.gpus_per_node)
         self._names = [host.name for host in self._hosts]
-        self._arguments = _words("[launch] launcher_args", launch.launcher_args)
+        self._arguments = launcher_words(launch)
         options, self._arguments = self._ssh_options()
         self._ssh = Ssh(tuple(options))
         self._watch: HostWatch | None = None
@@ -276,14 +276,6 @@ def _line(found: Found) -> str:
 def _is_launcher(process: job_processes.Process) -> bool:
     """Return whether a process is the launcher's own end of its connections, which nobody has to hear of."""
     return Path(process["command"].partition(" ")[0]).name in ("ssh", "pdsh", "mpirun")
-
-
-def _words(where: str, lines: Sequence[str]) -> list[str]:
-    """Split lines into words as a shell does."""
-    try:
-        return [word for line in lines for word in shlex.split(line)]
-    except ValueError as error:
-        raise ConfigError(where, given=list(lines), allowed=f"words as a shell splits them ({error})") from None
 
 
 def _check_plain(where: str, text: str) -> None:
