@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -30,8 +31,19 @@ def main(ledger: Ledger, log: Path, writer: int, count: int) -> None:
         # The last one that it noted is written again, as by a job that cannot know whether it had come that far.
         for step in range(max(0, done - 1), count):
             file.write(f"{ledger.append(record(writer, step))}\n".encode())
-            time.sleep(0.0005)  # else whoever is to kill this process at a certain step may come too late
+
+
+def slow_syncs() -> None:
+    """Take time in the midst of a write: so much that whoever is to kill this process at a certain step is in time."""
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        time.sleep(0.00025)
+        sync(descriptor)
+
+    os.fsync = fsync  # type: ignore[assignment]
 
 
 if __name__ == "__main__":
+    slow_syncs()
     main(Ledger(Path(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
