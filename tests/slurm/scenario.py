@@ -21,7 +21,7 @@ COMMAND = str(Path(sys.executable).with_name("pathswitch"))
 VERSIONS = ("v1", "v2", "v3", "v4")
 STEPS, SAVE_EVERY = 100, 20
 FORKS = {"v1": 40, "v2": 140, "v3": 240, "v4": 340}
-PATIENCE_SECONDS = 180.0
+PATIENCE_SECONDS = 400.0
 
 PLAN = """
 [schedule]

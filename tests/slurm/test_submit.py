@@ -15,7 +15,8 @@ import pytest
 from cluster import Cluster
 from scenario import COMMAND, FORKS, SAVE_EVERY, VERSIONS, Run, metrics, write_plans
 
-pytestmark = pytest.mark.slow
+# The story takes three minutes, on a loaded machine many more.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 # The third job is submitted while there is no controller.
 SBATCH = """#!/bin/bash
