@@ -265,15 +265,23 @@ def pipeline(out: Path) -> Record:
     return {"code": code, "step": engine.global_steps, "saved": saved(out / "pipeline" / "main")}
 
 
+def _announce(case: str) -> None:
+    """Begin a case's part of the output, in one piece: both ranks write into it."""
+    barrier()
+    if dist.get_rank() == 0:
+        sys.stdout.flush()
+        os.write(1, f"\ncase {case}\n".encode())
+
+
 def main() -> None:
     out = arguments()
     record: Record = {}
     for stage, dtype, gas in ((0, "fp32", 1), (1, "fp32", 3), (2, "bf16", 1), (3, "bf16", 2)):
         record[f"{stage} {dtype} {gas}"] = interrupted(out, stage, dtype, gas)
     for case in (branch, while_saving, stop_file, client_state, saved_twice, skipped_updates, decoupled_writer):
-        print(f"case {case.__name__}", flush=True)
+        _announce(case.__name__)
         record[case.__name__] = case(out)
-    print("case pipeline", flush=True)
+    _announce("pipeline")
     record["pipeline"] = pipeline(out)  # last: DeepSpeed keeps its process grid for the engines that follow
     sys.stdout.flush()
     finish(record, out)
