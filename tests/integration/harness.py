@@ -16,6 +16,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from tiny_plan import PLAN
 
 # DeepSpeed's all-reduce in shared memory takes a minute to compile, and its ranks wait for each other in a loop that
 # keeps a core busy; the embedded trainer does without it as well.
@@ -26,13 +27,6 @@ USED_LRS: list[float] = []
 _adam_module = sys.modules["torch.optim.adam"]
 _original_adam = _adam_module.adam
 WIDTH = 8
-
-PLAN: dict[str, Any] = {
-    "max_lr": 1e-3,
-    "init_lr": 1e-5,
-    "warmup_steps": 2,
-    "versions": [{"name": "v1", "steps": 8, "alpha": 0.5}, {"name": "v2", "steps": 8, "alpha": 0.5, "shape": "linear"}],
-}
 
 
 def _recording_adam(params: list[torch.Tensor], *args: Any, **kwargs: Any) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import ds_ranks
 import pytest
-from harness import PLAN
 from preloaded import Finished
 from small_disks import NO_DISKS, small_disks
+from tiny_plan import PLAN
 
 from pathswitch.config import plan_from_params
 

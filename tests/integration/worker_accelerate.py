@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from harness import PLAN, USED_LRS, WIDTH, TinyModel, finish
+from harness import USED_LRS, WIDTH, TinyModel, finish
 from huggingface import SAVED, make_model, train
+from tiny_plan import PLAN
 from torch.optim.lr_scheduler import PathSwitchLR  # type: ignore[attr-defined]
 
 

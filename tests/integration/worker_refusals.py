@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import PLAN, arguments, barrier, config, counters, engine_of, finish, refused, update, updates
+from harness import arguments, barrier, config, counters, engine_of, finish, refused, update, updates
+from tiny_plan import PLAN
 
 from pathswitch.config import plan_from_params
 from pathswitch.integrations.adopt import adopt_checkpoint

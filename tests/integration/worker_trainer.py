@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from harness import PLAN, finish
+from harness import finish
 from huggingface import make_model, train
+from tiny_plan import PLAN
 
 
 def ds_config(stage: int) -> dict[str, Any]:

@@ -113,7 +113,8 @@ ranks = 2
         ("ranks = 2", "ranks = 3", "[train] ranks: given 3; allowed: a divisor of global_batch_size (4)"),
         ("ranks = 2", "ranks = 2\nmicro_batch_size = 3", "[train] micro_batch_size: given 3"),
         ("[train]", "[deepspeed]\nscheduler = {}\n[train]", "[deepspeed] scheduler"),
-        ("[train]", "[model]\nn_heads = 3\n[train]", "hidden_size"),
+        # Only the ranks find it out.
+        pytest.param("[train]", "[model]\nn_heads = 3\n[train]", "hidden_size", marks=pytest.mark.slow),
         ("steps = 4", "steps = 4000", "repeat = true"),
         ("vocab_size = 300", "vocab_size = 100", "vocab_size"),
     ],
