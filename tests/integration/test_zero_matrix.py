@@ -13,7 +13,7 @@ from pathswitch.versions import Paradigm
 
 pytestmark = pytest.mark.slow
 
-# The worker's plan (tiny_plan.py), written down again: the expectation does not come from the code under test's process.
+# The plan of tiny_plan.py, written down again: the expectation does not come from the code under test's process.
 PLAN = plan_from_params(
     {
         "max_lr": 1e-3,
