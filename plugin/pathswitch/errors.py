@@ -43,6 +43,10 @@ class UpstreamError(PathSwitchError):
     """A framework does not have what these hooks replace."""
 
 
+class KernelError(PathSwitchError):
+    """The fused kernels cannot be compiled, loaded or launched."""
+
+
 class LedgerError(PathSwitchError):
     """A ledger record cannot be read or written."""
 
