@@ -104,7 +104,9 @@ def adamw(grad: Tensor, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: 
     g = grad.float() * s.grad_scale
     exp_avg.mul_(s.beta1).add_(g * s.one_minus_beta1)
     exp_avg_sq.mul_(s.beta2).add_(g * s.one_minus_beta2 * g)
-    denominator = exp_avg_sq.sqrt().mul_(s.inv_sqrt_correction2).add_(s.eps)
+    # torch's float32 square root is not rounded correctly on every CPU; through float64 it is.
+    root = exp_avg_sq.double().sqrt().float()
+    denominator = root.mul_(s.inv_sqrt_correction2).add_(s.eps)
     weight.mul_(s.decay).sub_((exp_avg / denominator).mul_(s.step_size))
 
 
