@@ -6,6 +6,7 @@ Either gives a preview of the next release while the main path goes on, in the s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from pathswitch.errors import ConfigError
@@ -61,5 +62,4 @@ def merge_weights(shape: Shape, steps: int) -> list[float]:
     """
     curve = shape.curve(1.0, 0.0)
     shares = [curve(j / steps) for j in range(steps)] + [0.0]
-    pairs = zip(shares, shares[1:], strict=False)
-    return [1.0 if after == 1.0 else (before - after) / (1.0 - after) for before, after in pairs]
+    return [1.0 if after == 1.0 else (before - after) / (1.0 - after) for before, after in pairwise(shares)]

@@ -58,7 +58,7 @@ class CpuKernels:
 
     def prepare(self, parameters: Sequence[tuple[Tensor, int]], state: StepState, scalars: Tensor) -> None:
         """See Kernels.prepare."""
-        structs = (Parameter * len(parameters))(*((step.data_ptr(), group) for step, group in parameters))
+        structs = (Parameter * len(parameters))(*(Parameter(step.data_ptr(), group) for step, group in parameters))
         tensors = (state.path, state.counters, state.groups, state.averaging)
         addresses = (tensor.data_ptr() for tensor in tensors)
         self._prepare(structs, len(structs), *addresses, byref(norm_input(state)), scalars.data_ptr())

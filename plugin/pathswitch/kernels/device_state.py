@@ -29,7 +29,7 @@ class DeviceState:
 
     Attributes:
         step_state: what the kernels get.
-        scalars: uint8[n, 80], a row for each parameter; grown by ``rows``.
+        scalars: uint8[n, 64], a row for each parameter; grown by ``rows``.
     """
 
     def __init__(self, device: torch.device, averaging: AverageSettings, weights: Sequence[float]) -> None:
@@ -73,7 +73,9 @@ class DeviceState:
             return
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             allowed = "the settings of the update before: a captured graph follows a path by PathSwitchAdamW.follow"
-            raise ConfigError("PathSwitchAdamW in a captured graph", given="new settings or another LR", allowed=allowed)
+            raise ConfigError(
+                "PathSwitchAdamW in a captured graph", given="new settings or another LR", allowed=allowed
+            )
         if len(content) != self.step_state.groups.numel():
             self.step_state.groups = torch.zeros(
                 len(settings), sizeof(GroupSettings), dtype=torch.uint8, device=self.device

@@ -74,7 +74,7 @@ class StepScalars(Structure):
         ("beta2", c_float),
         ("one_minus_beta2", c_float),
         ("eps", c_float),
-        ("decay", c_float),
+        ("shrinkage", c_float),
         ("step_size", c_float),
         ("inv_sqrt_correction2", c_float),
         ("average_weight", c_float),
@@ -202,7 +202,7 @@ class Kernels(Protocol):
         """Set ``out`` (float64[1]) to the sum of the squares of all elements; the tensors have one type."""
 
     def prepare(self, parameters: Sequence[tuple[Tensor, int]], state: StepState, scalars: Tensor) -> None:
-        """Count a step for each (step tensor, group) and write its scalars, a row of uint8[n, 80] each.
+        """Count a step for each (step tensor, group) and write its scalars, a row of uint8[n, 64] each.
 
         Where gradients are not finite it counts nothing but the skipped step, and marks all scalars.
         """

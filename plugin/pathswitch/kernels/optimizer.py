@@ -117,7 +117,7 @@ class PathSwitchAdamW(Optimizer):
         _require("params", f"parameters on {where}", len(devices) <= 1, "one device")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have gradients."""
         loss = None
         if closure is not None:
@@ -235,9 +235,9 @@ class PathSwitchAdamW(Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         for key, p in zip(saved, parameters, strict=True):
             content = state_dict["state"].get(key, {})
-            for name in FLOAT_STATE:  # torch has rounded them to the parameter's type
+            for name in ("step", *FLOAT_STATE):  # torch has rounded them to the parameter's type, or shares them
                 if name in content:
-                    self.state[p][name] = content[name].to(p.device, torch.float32, copy=True)
+                    self.state[p][name] = torch.as_tensor(content[name]).to(p.device, torch.float32, copy=True)
         self._first_step = self._first_step if self._follows else None
 
     def _own_request(self) -> _Request:

@@ -1,4 +1,4 @@
-"""The kernels in plain torch: the update in the paper's letters, on any device, and bit for bit what the others compute.
+"""The kernels in plain torch: the update in the paper's letters, on any device, with the bits of the other backends.
 
 No operation is fused here and none is contracted there, so each rounds as IEEE 754 says. It is what the fast backends
 are tested against, and an explicit choice where nothing can be compiled.
@@ -99,7 +99,7 @@ def adamw(grad: Tensor, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: 
 
     With g the clipped gradient, t the update's number, eta the path's LR and lambda the weight decay:
     m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;
-    theta = (1 - eta lambda) theta - eta / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
+    theta = theta - (eta lambda theta + eta / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)).
     """
     g = grad.float() * s.grad_scale
     exp_avg.mul_(s.beta1).add_(g * s.one_minus_beta1)
@@ -107,7 +107,7 @@ def adamw(grad: Tensor, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: 
     # torch's float32 square root is not rounded correctly on every CPU; through float64 it is.
     root = exp_avg_sq.double().sqrt().float()
     denominator = root.mul_(s.inv_sqrt_correction2).add_(s.eps)
-    weight.mul_(s.decay).sub_((exp_avg / denominator).mul_(s.step_size))
+    weight.sub_(weight * s.shrinkage + (exp_avg / denominator).mul_(s.step_size))
 
 
 def update_average(average: Tensor, weight: Tensor, s: StepScalars) -> None:
@@ -161,7 +161,7 @@ def step_scalars(
         beta2=group.beta2,
         one_minus_beta2=1.0 - group.beta2,
         eps=group.eps,
-        decay=1.0 - lr * group.weight_decay,
+        shrinkage=lr * group.weight_decay,
         step_size=lr / (1.0 - _power(group.beta1, adam_step)),
         inv_sqrt_correction2=1.0 / math.sqrt(1.0 - _power(group.beta2, adam_step)),
         average_weight=average_weight,
@@ -217,7 +217,7 @@ def _sum_by_halves(tensor: Tensor) -> Tensor:
 def _norm_tiles(tensor: Tensor) -> Tensor:
     """Return the sum of squares of each tile of 16384 elements."""
     tiles = []
-    for piece in tensor.view(-1).split(CHUNK):
+    for piece in torch.split(tensor.view(-1), CHUNK):
         squares = _padded(piece.double().square(), NORM_TILE).view(-1, NORM_ROWS, NORM_COLUMNS)
         sums = torch.zeros_like(squares[:, 0])
         for row in range(NORM_ROWS):

@@ -58,7 +58,7 @@ struct AverageSettings {
 // What one update needs besides its four numbers; written by prepare, read by every thread.
 struct StepScalars {
     double lr;
-    float grad_scale, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, inv_sqrt_correction2;
+    float grad_scale, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, shrinkage, step_size, inv_sqrt_correction2;
     float average_weight;
     int32_t skip;
     int32_t reserved[3];
@@ -146,7 +146,7 @@ PS_INLINE StepScalars step_scalars(const GroupSettings& group, const NormInput& 
     out.beta2 = (float)group.beta2;
     out.one_minus_beta2 = (float)(1.0 - group.beta2);
     out.eps = (float)group.eps;
-    out.decay = (float)(1.0 - out.lr * group.weight_decay);
+    out.shrinkage = (float)(out.lr * group.weight_decay);
     out.step_size = (float)(out.lr / (1.0 - power(group.beta1, adam_step)));
     out.inv_sqrt_correction2 = (float)(1.0 / sqrt(1.0 - power(group.beta2, adam_step)));
     out.average_weight = (float)average_weight;
@@ -159,7 +159,8 @@ PS_INLINE void adamw(float gradient, float& weight, float& exp_avg, float& exp_a
     exp_avg = s.beta1 * exp_avg + s.one_minus_beta1 * g;
     exp_avg_sq = s.beta2 * exp_avg_sq + (s.one_minus_beta2 * g) * g;
     const float denominator = sqrtf(exp_avg_sq) * s.inv_sqrt_correction2 + s.eps;
-    weight = s.decay * weight - s.step_size * (exp_avg / denominator);
+    // One rounding at the weight's own magnitude, not two.
+    weight = weight - (s.shrinkage * weight + s.step_size * (exp_avg / denominator));
 }
 
 PS_INLINE void update_average(float& average, float weight, const StepScalars& s) {
