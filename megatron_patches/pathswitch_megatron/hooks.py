@@ -100,6 +100,9 @@ class MegatronLMHooks(_Hooks):
 
     def __init__(self, job: Job, training: ModuleType, calculator: Callable[[], Any], megatron_version: str) -> None:
         super().__init__(job, training, calculator)
+        if "state_digest" in job.settings.model_fields_set:
+            allowed = "no such key for Megatron-LM, whose optimizer state is not compared; for Megatron-DeepSpeed it is"
+            raise ConfigError("[megatron.checkpoint] state_digest", given=job.settings.state_digest, allowed=allowed)
         self.checkpoints = IterationCheckpoints(job, megatron_version)
         self._saving: Save | None = None
 

@@ -17,7 +17,7 @@ from pathswitch.checkpoint.layout import (
     iteration_of,
     layout_of,
 )
-from pathswitch.checkpoint.manifest import Manifest, Parallelism, Policy, read_key, read_manifest
+from pathswitch.checkpoint.manifest import Manifest, Parallelism, Policy, StreamDigest, read_key, read_manifest
 from pathswitch.checkpoint.settings import CheckpointSettings, JobSettings, PathSwitchSection, read_section
 from pathswitch.checkpoint.verify import (
     Finding,
@@ -45,6 +45,7 @@ __all__ = [
     "Parallelism",
     "PathSwitchSection",
     "Policy",
+    "StreamDigest",
     "VerifyMode",
     "begin_save",
     "check_files",

@@ -21,6 +21,8 @@ from pathswitch.errors import CheckpointError, ConfigError
 FORMAT = 1
 SHORT_DIGEST = 12
 MINIMUM_KEY_BYTES = 16
+# Fields of format 1 that its first manifests have not: without them, these keep their digests and signatures.
+ADDED = ("settings", "state_digest")
 
 
 class _Model(BaseModel):
@@ -51,6 +53,18 @@ class Policy(_Model):
     def changes(self) -> dict[str, Any]:
         """Return what differs from keeping everything."""
         return self.model_dump(exclude_defaults=True)
+
+
+class StreamDigest(_Model):
+    """What one part of the optimizer state is, whole, however many ranks share it."""
+
+    digest: str
+    """32 hex digits; see pathswitch.kernels.digest."""
+    elements: int
+
+    def __str__(self) -> str:
+        """Return it for people."""
+        return f"{self.digest} of {self.elements:,} elements"
 
 
 class Manifest(_Model):
@@ -85,14 +99,17 @@ class Manifest(_Model):
     """The fork's policy; the checkpoints of its branch hold it as well."""
     settings: dict[str, Any] | None = None
     """The arguments that the order of the samples and the vocabulary depend on, where the framework tells them."""
+    state_digest: dict[str, StreamDigest] | None = None
+    """Of the weights and each of the moments, as they were in memory at the save; a fork keeps its parent's."""
     files: dict[str, FileEntry]
 
     @cached_property
     def content(self) -> bytes:
-        """The canonical JSON: keys sorted, no spaces; without settings if there are none."""
+        """The canonical JSON: keys sorted, no spaces; without what was added to format 1 later, if there is none."""
         content = self.model_dump(mode="json")
-        if self.settings is None:
-            del content["settings"]
+        for name in ADDED:
+            if content[name] is None:
+                del content[name]
         return _canonical(content)
 
     @cached_property

@@ -44,7 +44,7 @@ class _Section(BaseModel):
 
 
 class CheckpointSettings(_Section):
-    """How checkpoints are verified, signed and converted."""
+    """How checkpoints are verified, signed, converted and compared."""
 
     verify: VerifyMode = "full"
     """What is compared before anything is loaded: digests, sizes alone, or nothing."""
@@ -54,6 +54,8 @@ class CheckpointSettings(_Section):
     """Manifests are signed with the key in this file, and others are refused."""
     convert_folder: str | None = None
     """Where a checkpoint is converted for another number of ranks; beside the checkpoint if not given."""
+    state_digest: bool = True
+    """Whether saves record the digest of the optimizer state, and loads compare the loaded state with it."""
 
     def signing_key(self, where: str) -> bytes | None:
         """Return the key, None if there is none; ``where`` these settings stand is for the error.

@@ -20,6 +20,7 @@ from pathswitch.checkpoint import (
     Parallelism,
     PathSwitchSection,
     Policy,
+    StreamDigest,
     begin_save,
     read_section,
     staging_folder,
@@ -28,6 +29,7 @@ from pathswitch.errors import ConfigError
 from pathswitch.integrations.collective import gather, on_first_rank
 from pathswitch.integrations.committing import commit_together, git_commit, reason, record_checkpoint, versions
 from pathswitch.integrations.random_state import random_state_digest, random_state_name, save_random_state
+from pathswitch.integrations.state_digest import state_digest
 
 # Keys that DeepSpeed itself puts beside a script's client state, and others that begin with "ds_".
 DEEPSPEEDS_OWN = {
@@ -53,6 +55,7 @@ class _Save:
     client_state: dict[str, Any]
     global_steps: int
     random_state: bytes
+    state_digest: dict[str, StreamDigest] | None = None
     written: list[Path] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -113,6 +116,8 @@ class EngineCheckpoints:
         save = _Save(folder, hidden_tag, save_latest, state, int(engine.global_steps), random_state_digest())
         if not any(options.values()) and self._is_committed(save):
             return True
+        if self.settings.state_digest:
+            save.state_digest = state_digest(engine)
         on_first_rank(lambda: str(begin_save(folder)))
         self._save = save
         try:
@@ -231,6 +236,7 @@ class EngineCheckpoints:
             parent=self.parent,
             policy=self.policy,
             settings=scheduler.data_settings(),
+            state_digest=save.state_digest,
             files=files,
         )
 
