@@ -75,9 +75,7 @@ def prepare_(
     backend(counters.device).prepare(list(zip(steps, parameter_groups, strict=True)), state, scalars)
 
 
-@torch.library.custom_op(
-    "pathswitch::adamw_", mutates_args=("weights", "exp_avgs", "exp_avg_sqs", "lows", "averages")
-)
+@torch.library.custom_op("pathswitch::adamw_", mutates_args=("weights", "exp_avgs", "exp_avg_sqs", "lows", "averages"))
 def adamw_(
     grads: Sequence[Tensor],
     weights: Sequence[Tensor],

@@ -195,7 +195,7 @@ def _keys(first: int, count: int, lane: int, multiplier: int) -> Keys:
 
 @cache
 def _column_keys() -> Tensor:
-    keys = [_keys(0, DIGEST_COLUMNS, lane, 0x9E3779B97F4A7C15) for lane in (0, 1)]
+    keys = [_keys(0, DIGEST_COLUMNS, lane, 0x9E3779B97F4A7C15) >> np.uint64(32) for lane in (0, 1)]
     return torch.from_numpy(np.stack(keys).view(np.int64))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from pathswitch.kernels.cpu import CpuKernels
 from pathswitch.kernels.digest import StateDigest, merged
 from pathswitch.kernels.layouts import Kernels
-from pathswitch.kernels.reference import ReferenceKernels
+from pathswitch.kernels.reference import ReferenceKernels, _column_keys
 
 
 def digest(kernels: Kernels, tensor: Tensor, first_index: int = 0) -> list[int]:
@@ -35,7 +35,7 @@ def definition(tensor: Tensor, first_index: int) -> list[int]:
     for index, bits in enumerate(tensor.view(torch.int32).tolist(), first_index):
         block, column = divmod(index, 1024)
         for lane in (0, 1):
-            key = mix((2 * column + lane + 1) * 0x9E3779B97F4A7C15 % 2**64)
+            key = mix((2 * column + lane + 1) * 0x9E3779B97F4A7C15 % 2**64) >> 32
             key *= mix((2 * block + lane + 1) * 0xD1342543DE82EF95 % 2**64) | 1
             lanes[lane] += bits % 2**32 * key
     return [(lane + 2**63) % 2**64 - 2**63 for lane in lanes]
@@ -70,6 +70,12 @@ def test_every_single_flipped_bit_is_found() -> None:
             damaged.view(torch.int32)[position] ^= (1 << bit) - (1 << 32 if bit == 31 else 0)
             found = digest(CpuKernels(), damaged)
             assert found[0] != whole[0] and found[1] != whole[1]
+
+
+def test_no_key_is_zero_and_none_occurs_twice() -> None:
+    columns = _column_keys()
+    for lane in (0, 1):
+        assert len(set(columns[lane].tolist()) - {0}) == columns.shape[1]
 
 
 def test_swaps_shifts_and_the_sign_of_zero_are_found() -> None:

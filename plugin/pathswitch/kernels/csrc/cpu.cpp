@@ -1,5 +1,5 @@
 // The CPU backend: the functions of maths.h over tensor lists, on all threads, vectorised by the compiler.
-#include "maths.h"
+#include "vectors.h"
 
 using namespace pathswitch;
 
@@ -77,21 +77,32 @@ inline double sum_by_halves(double* x) {
 }
 
 template <int TYPE>
+inline Doubles load_doubles(const void* data, int64_t i) {
+    if (TYPE == F32) return doubles_of_f32((const float*)data + i);
+    const uint16_t* halves = (const uint16_t*)data + i;
+    return TYPE == BF16 ? doubles_of_bf16(halves) : doubles_of_f16(halves);
+}
+
+template <int TYPE>
 double norm_run(const void* data, int64_t start, int64_t end) {
-    double sum[NORM_COLUMNS] = {};
+    Doubles sum[NORM_COLUMNS / WIDTH] = {};
+    double columns[NORM_COLUMNS] = {};
     if (start + NORM_ROWS * NORM_COLUMNS <= end) {
         for (int row = 0; row < NORM_ROWS; row++)
-            for (int c = 0; c < NORM_COLUMNS; c++) {
-                const double x = (double)load<TYPE>(data, start + row * NORM_COLUMNS + c);
+#pragma GCC unroll 16
+            for (int c = 0; c < NORM_COLUMNS / WIDTH; c++) {
+                const Doubles x = load_doubles<TYPE>(data, start + row * NORM_COLUMNS + c * WIDTH);
                 sum[c] = sum[c] + x * x;
             }
+        memcpy(columns, sum, sizeof columns);
     } else {
         for (int64_t i = start; i < end; i++) {
             const double x = (double)load<TYPE>(data, i);
-            sum[(i - start) % NORM_COLUMNS] += x * x;
+            double& column = columns[(i - start) % NORM_COLUMNS];
+            column = column + x * x;
         }
     }
-    return sum_by_halves<NORM_COLUMNS>(sum);
+    return sum_by_halves<NORM_COLUMNS>(columns);
 }
 
 template <int TYPE>
@@ -104,35 +115,39 @@ double norm_tile(const Span& span, int64_t start) {
     return sum_by_halves<NORM_RUNS>(sums);
 }
 
-// The keys of a block's columns, in halves of 32 bits: CPUs multiply those in vectors.
 struct ColumnKeys {
-    uint32_t low[2][DIGEST_COLUMNS], high[2][DIGEST_COLUMNS];
+    alignas(64) uint32_t lanes[2][DIGEST_COLUMNS];
     ColumnKeys() {
         for (int lane = 0; lane < 2; lane++)
-            for (int column = 0; column < DIGEST_COLUMNS; column++) {
-                const uint64_t key = column_key(column, lane);
-                low[lane][column] = (uint32_t)key;
-                high[lane][column] = (uint32_t)(key >> 32);
-            }
+            for (int column = 0; column < DIGEST_COLUMNS; column++) lanes[lane][column] = column_key(column, lane);
     }
 };
 const ColumnKeys KEYS;
 
+// The sum of bits * column key over n elements from a block's column `first` on, in two lanes.
 template <class T>
-void digest_columns(const T* __restrict x, int first_column, int n, uint64_t* sum) {
-    uint64_t low0 = 0, low1 = 0;
-    uint32_t high0 = 0, high1 = 0;
-    const uint32_t *k0 = KEYS.low[0] + first_column, *k1 = KEYS.low[1] + first_column;
-    const uint32_t *h0 = KEYS.high[0] + first_column, *h1 = KEYS.high[1] + first_column;
-    for (int c = 0; c < n; c++) {
-        const uint32_t bits = x[c];
-        low0 += (uint64_t)bits * k0[c];
-        low1 += (uint64_t)bits * k1[c];
-        high0 += bits * h0[c];
-        high1 += bits * h1[c];
+void digest_columns(const T* __restrict x, int first, int n, uint64_t* sum) {
+    sum[0] = sum[1] = 0;
+    int c = 0;
+#if defined(__AVX2__)
+    Words products[2] = {}, odd_products[2] = {};
+    for (; c + COUNT <= n; c += COUNT) {
+        const Words bits = load_words(x + c), odd = odd_words(bits);
+        for (int lane = 0; lane < 2; lane++) {
+            const Words keys = load_words(KEYS.lanes[lane] + first + c);
+            products[lane] = add_64(products[lane], multiply_even(bits, keys));
+            odd_products[lane] = add_64(odd_products[lane], multiply_even(odd, odd_words(keys)));
+        }
     }
-    sum[0] = low0 + ((uint64_t)high0 << 32);
-    sum[1] = low1 + ((uint64_t)high1 << 32);
+    for (int lane = 0; lane < 2; lane++) {
+        uint64_t parts[COUNT / 2];
+        const Words both = add_64(products[lane], odd_products[lane]);
+        memcpy(parts, &both, sizeof(Words));
+        for (uint64_t part : parts) sum[lane] += part;
+    }
+#endif
+    for (; c < n; c++)
+        for (int lane = 0; lane < 2; lane++) sum[lane] += (uint64_t)x[c] * KEYS.lanes[lane][first + c];
 }
 
 template <class T>

@@ -238,7 +238,8 @@ __device__ __forceinline__ void digest_blocks(const T* x, int64_t n, uint64_t fi
     typedef Pack<T, VECTOR> Vector;
     __shared__ uint64_t sums[THREADS / 32][2];
     const uint64_t column = threadIdx.x * VECTOR;
-    uint64_t keys[2][VECTOR], sum[2] = {0, 0};
+    uint32_t keys[2][VECTOR];
+    uint64_t sum[2] = {0, 0};
 #pragma unroll
     for (int k = 0; k < VECTOR; k++) {
         keys[0][k] = column_key(column + k, 0);

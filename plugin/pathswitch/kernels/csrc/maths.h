@@ -213,7 +213,8 @@ constexpr int NORM_COLUMNS = 32, NORM_ROWS = 16, NORM_RUNS = 32, NORM_LANES = 25
 constexpr int NORM_TILE = NORM_COLUMNS * NORM_ROWS * NORM_RUNS;
 
 // The digest of a tensor: the sum over its elements of bits * key(index), modulo 2^64, in two lanes. It does not depend
-// on how a tensor is cut or in which order the pieces are added; a key is a column's times a block's.
+// on how a tensor is cut or in which order the pieces are added. A key is a column's, of 32 bits, so that the product is
+// exact and no change of one element gets lost in it, times a block's, which is odd.
 constexpr int DIGEST_COLUMNS = 1024;
 
 PS_INLINE uint64_t mix(uint64_t z) {  // the finalizer of SplitMix64
@@ -222,8 +223,8 @@ PS_INLINE uint64_t mix(uint64_t z) {  // the finalizer of SplitMix64
     return z ^ (z >> 31);
 }
 
-PS_INLINE uint64_t column_key(uint64_t column, int lane) {
-    return mix((2 * column + lane + 1) * 0x9e3779b97f4a7c15ull);
+PS_INLINE uint32_t column_key(uint64_t column, int lane) {
+    return (uint32_t)(mix((2 * column + lane + 1) * 0x9e3779b97f4a7c15ull) >> 32);
 }
 
 PS_INLINE uint64_t block_key(uint64_t block, int lane) {

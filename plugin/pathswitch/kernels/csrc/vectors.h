@@ -1,0 +1,65 @@
+// The few loops of the CPU backend that compilers do not vectorise well by themselves, in each instruction set's words.
+#pragma once
+#include "maths.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace pathswitch {
+
+// Numbers as float64, WIDTH at a time.
+#if defined(__AVX512F__)
+constexpr int WIDTH = 8;
+typedef __m512d Doubles;
+inline __m256i load_halves(const void* x) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x)); }
+inline Doubles doubles_of_f32(const void* x) { return _mm512_cvtps_pd(_mm256_loadu_ps((const float*)x)); }
+inline Doubles doubles_of_bf16(const void* x) {
+    return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(load_halves(x), 16)));
+}
+inline Doubles doubles_of_f16(const void* x) {
+    return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x)));
+}
+#elif defined(__AVX2__)
+constexpr int WIDTH = 4;
+typedef __m256d Doubles;
+inline __m128i load_halves(const void* x) { return _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)x)); }
+inline Doubles doubles_of_f32(const void* x) { return _mm256_cvtps_pd(_mm_loadu_ps((const float*)x)); }
+inline Doubles doubles_of_bf16(const void* x) {
+    return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(load_halves(x), 16)));
+}
+inline Doubles doubles_of_f16(const void* x) {
+    return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)x)));
+}
+#else
+constexpr int WIDTH = 2;
+typedef double Doubles __attribute__((vector_size(16)));
+inline Doubles doubles_of_f32(const void* x) { return Doubles{((const float*)x)[0], ((const float*)x)[1]}; }
+inline Doubles doubles_of_bf16(const void* x) {
+    return Doubles{from_bf16(((const uint16_t*)x)[0]), from_bf16(((const uint16_t*)x)[1])};
+}
+inline Doubles doubles_of_f16(const void* x) {
+    return Doubles{from_f16(((const uint16_t*)x)[0]), from_f16(((const uint16_t*)x)[1])};
+}
+#endif
+
+// Numbers of 32 bits, COUNT at a time, and the 64-bit products of those in even places.
+#if defined(__AVX512F__)
+constexpr int COUNT = 16;
+typedef __m512i Words;
+inline Words load_words(const uint32_t* x) { return _mm512_loadu_si512(x); }
+inline Words load_words(const uint16_t* x) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)); }
+inline Words multiply_even(Words a, Words b) { return _mm512_mul_epu32(a, b); }
+inline Words add_64(Words a, Words b) { return _mm512_add_epi64(a, b); }
+inline Words odd_words(Words x) { return _mm512_srli_epi64(x, 32); }
+#elif defined(__AVX2__)
+constexpr int COUNT = 8;
+typedef __m256i Words;
+inline Words load_words(const uint32_t* x) { return _mm256_loadu_si256((const Words*)x); }
+inline Words load_words(const uint16_t* x) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x)); }
+inline Words multiply_even(Words a, Words b) { return _mm256_mul_epu32(a, b); }
+inline Words add_64(Words a, Words b) { return _mm256_add_epi64(a, b); }
+inline Words odd_words(Words x) { return _mm256_srli_epi64(x, 32); }
+#endif
+
+}  // namespace pathswitch
