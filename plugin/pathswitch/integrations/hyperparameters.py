@@ -15,6 +15,7 @@ logger = logging.getLogger("pathswitch")
 
 COMPARED = ("betas", "eps", "weight_decay")
 NOT_SETTINGS = ("params", "lr", "initial_lr", "step")
+NOT_MOMENTS = ("master", "average")  # of the weights, in the state of PathSwitchAdamW
 
 
 def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -82,6 +83,8 @@ def _reset_moments(engine: Any, optimizer: torch.optim.Optimizer) -> None:
         raise CheckpointError("the fork resets Adam's moments, which is not possible where they are offloaded to NVMe")
     for state in optimizer.state.values():
         for name, value in state.items():
+            if name in NOT_MOMENTS:
+                continue
             if torch.is_tensor(value):
                 value.zero_()
             elif name == "step":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ from pathswitch.atomic import write_text_atomic
 from pathswitch.checkpoint import Manifest, Parallelism
 from pathswitch.errors import CheckpointError
 from pathswitch.integrations.collective import on_first_rank
+
+logger = logging.getLogger("pathswitch")
 
 TAG = "universal"
 POLL_SECONDS = 0.2
@@ -110,8 +113,11 @@ def repair_optimizer(optimizer: torch.optim.Optimizer, settings: list[dict[str, 
     """Undo two side effects of loading a universal checkpoint.
 
     DeepSpeed gives all parameters of a group one and the same ``step`` tensor, which Adam would then count up once
-    for each of them; and under ZeRO 3 it gives every param group the settings of the first.
+    for each of them; and under ZeRO 3 it gives every param group the settings of the first. What it leaves out cannot
+    be undone, only said.
     """
+    if getattr(optimizer, "keeps_average", False) and dist.get_rank() == 0:
+        logger.warning("pathswitch: DeepSpeed's converter leaves out the running average: it begins with these weights")
     for state in optimizer.state.values():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()
