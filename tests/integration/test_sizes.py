@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
 from typing import Any
 
 import ds_ranks
@@ -42,6 +44,53 @@ def test_the_same_bits_are_loaded(records: dict[str, Any], name: str, other: str
     assert loaded["state"] == saved["state"]
     assert loaded["loaded"].endswith(f"{other}/stage{stage}/global_step4")
     assert not [left for left in loaded["left"] if left.startswith(".")], "the converted copy is gone"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", [name for name, _, _ in JOBS])
+def test_the_digest_is_that_of_the_whole_parameters(records: dict[str, Any], name: str, stage: str) -> None:
+    """However the shards are cut and padded: computed anew, one number after the other."""
+    saved = records[name]["saved"][stage]
+    assert saved["digest"] == {
+        stream: {"digest": digest_of(saved["state"], key), "elements": 144}
+        for stream, key in (("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq"), ("weights", "fp32"))
+    }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("name", "other"), LOADS)
+def test_the_digest_is_the_same_with_another_number_of_ranks(
+    records: dict[str, Any], name: str, other: str, stage: str
+) -> None:
+    assert records[name][other][stage]["digest"] == records[other]["saved"][stage]["digest"]
+
+
+def digest_of(state: dict[str, Any], key: str) -> str:
+    """Return the digest of all parameters' ``key``, as plugin/pathswitch/kernels/csrc/maths.h defines it."""
+    lanes = []
+    for lane in (0, 1):
+        total = 0
+        for name in (name.removesuffix(f"/{key}") for name in state if name.endswith(f"/{key}")):
+            values = state[f"{name}/{key}"]
+            bits = struct.unpack(f"{len(values)}I", struct.pack(f"{len(values)}f", *values))
+            digest = sum(value * element_key(index, lane) for index, value in enumerate(bits))
+            name_bytes = hashlib.blake2b(name.encode(), digest_size=16).digest()[8 * lane : 8 * lane + 8]
+            total += (int.from_bytes(name_bytes, "little") | 1) * digest
+        lanes.append(total % 2**64)
+    return f"{lanes[0]:016x}{lanes[1]:016x}"
+
+
+def element_key(index: int, lane: int) -> int:
+    block, column = divmod(index, 1024)
+    column_key = mix((2 * column + lane + 1) * 0x9E3779B97F4A7C15)
+    return column_key * (mix((2 * block + lane + 1) * 0xD1342543DE82EF95) | 1)
+
+
+def mix(value: int) -> int:
+    value %= 2**64
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+    return value ^ value >> 31
 
 
 @pytest.mark.parametrize("stage", STAGES)

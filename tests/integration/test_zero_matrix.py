@@ -26,6 +26,7 @@ PLAN = plan_from_params(
     }
 )
 STAGES, DTYPES = (0, 1, 2, 3), ("fp32", "bf16")
+ELEMENTS = dict.fromkeys(("weights", "exp_avg", "exp_avg_sq"), 2 * (8 * 8 + 8))
 
 
 def lrs(path: str, first: int, count: int, paradigm: Paradigm = "path_switching") -> list[float]:
@@ -56,6 +57,29 @@ def test_main_fork_resume(records: list[dict[str, Any]], stage: int, dtype: str)
         assert record["v1"] == one_group("v1", 4, 4)
         assert record["v1_counters"] == [8, 8]
         assert record["lr_after_load"] == lrs("v1", 6, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_fork_has_the_digest_that_its_parent_was_saved_with(
+    records: list[dict[str, Any]], stage: int, dtype: str
+) -> None:
+    for rank in records:
+        record = rank[f"matrix_{stage}_{dtype}"]
+        assert record["forked_digest"] == record["saved_digest"]
+        assert {stream: digest["elements"] for stream, digest in record["saved_digest"].items()} == ELEMENTS
+        assert record["saved_digest"]["weights"] != record["initial_digest"]["weights"]
+
+
+@pytest.mark.parametrize(("dtype", "stages"), [("fp32", STAGES), ("bf16", (1, 2, 3))])
+def test_the_digest_does_not_depend_on_the_stage(
+    records: list[dict[str, Any]], dtype: str, stages: tuple[int, ...]
+) -> None:
+    # Stage 0 in bf16 begins with a step of its own on zero gradients, which decays the weights.
+    initial = {
+        rank[f"matrix_{stage}_{dtype}"]["initial_digest"]["weights"]["digest"] for rank in records for stage in stages
+    }
+    assert len(initial) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -107,6 +131,7 @@ def test_fp16_overflows_do_not_count(records: list[dict[str, Any]], stage: int) 
         assert [lr for lr in attempts if lr] == one_group("main", 0, 3)
         assert record["skipped"] == len(attempts) - 3
         assert record["counters"] == record["after_load"] == [3, 3]
+        assert record["saved_digest"] == record["loaded_digest"] and record["saved_digest"].keys() == ELEMENTS.keys()
         assert [lr for lr in record["resumed"] if lr] == one_group(
             "main", 3, len([lr for lr in record["resumed"] if lr])
         )

@@ -11,6 +11,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from harness import arguments, barrier, config, counters, engine_of, finish, refused, update, updates
 
+from pathswitch.checkpoint import read_manifest
+from pathswitch.integrations.state_digest import state_digest
+
 CPT = {"paradigm": "cpt_rewarm"}
 
 
@@ -20,12 +23,24 @@ def weights(engine: Any) -> list[torch.Tensor]:
     return [weight.detach().clone() for weight in partitions or engine.module.parameters()]
 
 
+def digest_of(engine: Any) -> dict[str, Any]:
+    """Return the digest of an engine's optimizer state."""
+    return {stream: digest.model_dump() for stream, digest in (state_digest(engine) or {}).items()}
+
+
+def saved_digest(folder: Path) -> Any:
+    """Return what a checkpoint's manifest says of the optimizer state."""
+    return read_manifest(folder).model_dump()["state_digest"]
+
+
 def main_fork_resume(folder: Path, stage: int, dtype: str) -> dict[str, Any]:
     """Main path with a resume, the branch from its fork step with a resume, and one update too many."""
     record: dict[str, Any] = {}
     main = engine_of(config(stage, dtype))
+    record["initial_digest"] = digest_of(main)
     record["main"] = updates(main, 4)
     main.save_checkpoint(folder / "main")
+    record["saved_digest"] = saved_digest(folder / "main" / "global_step4")
     record["main"] += updates(main, 2)
     main.save_checkpoint(folder / "main")
     record["main_counters"] = counters(main)
@@ -35,6 +50,7 @@ def main_fork_resume(folder: Path, stage: int, dtype: str) -> dict[str, Any]:
 
     branch = engine_of(config(stage, dtype, path="v1"))
     branch.load_checkpoint(folder / "main", tag="global_step4")
+    record["forked_digest"] = digest_of(branch)
     record["v1"] = updates(branch, 2)
     branch.save_checkpoint(folder / "v1")
     branch = engine_of(config(stage, dtype, path="v1"))
@@ -71,9 +87,11 @@ def overflow(folder: Path, stage: int) -> dict[str, Any]:
         attempts.append(update(main))
     record: dict[str, Any] = {"main": attempts, "counters": counters(main), "skipped": main.skipped_steps}
     main.save_checkpoint(folder)
+    record["saved_digest"] = saved_digest(next(folder.glob("global_step*")))
     main = engine_of(settings)
     main.load_checkpoint(folder)
     record["after_load"] = counters(main)
+    record["loaded_digest"] = digest_of(main)
     record["resumed"] = updates(main, 2)
     return record
 

@@ -16,6 +16,7 @@ from typing import Any
 import deepspeed
 import torch
 from harness import USED_LRS, WIDTH, TinyModel, arguments, config, engine_of, finish, refused
+from worker_matrix import digest_of, saved_digest
 
 SAMPLES, STEP = 8, 4
 STAGES = (1, 2, 3)
@@ -102,7 +103,8 @@ def save(folder: Path, stage: int) -> dict[str, Any]:
     train(run, STEP)
     run.save_checkpoint(folder)
     scratch = folder.with_name(f"{folder.name}_saved")
-    return {"state": state(run, scratch), "rows": train(run, 4), "later": state(run, scratch)}
+    record = {"digest": saved_digest(folder / f"global_step{STEP}"), "state": state(run, scratch)}
+    return record | {"rows": train(run, 4), "later": state(run, scratch)}
 
 
 def load(folder: Path, stage: int) -> dict[str, Any]:
@@ -110,7 +112,8 @@ def load(folder: Path, stage: int) -> dict[str, Any]:
     run = engine(stage)
     loaded, _ = run.load_checkpoint(folder)
     scratch = folder.with_name(f"{folder.name}_loaded")
-    record: dict[str, Any] = {"loaded": str(loaded), "state": state(run, scratch), "rows": train(run, 4)}
+    record: dict[str, Any] = {"loaded": str(loaded), "digest": digest_of(run), "state": state(run, scratch)}
+    record["rows"] = train(run, 4)
     record["later"] = state(run, scratch)
     if stage == 1:
         branch = engine(stage, path="v1")

@@ -95,10 +95,10 @@ def _own_part(engine: Any, suffix: str) -> tuple[dict[str, dict[str, Any]], str 
         # Imported where it is used: what loads and saves nothing needs no kernels.
         from pathswitch.kernels.digest import StateDigest
 
-        digest, states = StateDigest(), _base_optimizer(engine).state
+        digest = StateDigest()
         for piece in _pieces(engine):
             name = engine.param_names[piece.parameter] + suffix
-            for stream, values in _streams(piece, states.get(piece.master, {})):
+            for stream, values in _streams(piece, _base_optimizer(engine).state.get(piece.master, {})):
                 digest.add(stream, name, values, piece.first_element)
         return digest.to_dict(), None
     except NotUnderstood as reason:

@@ -1,0 +1,77 @@
+"""The optimizer state that is loaded is the one that was saved, to the bit, whatever the files say of themselves."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import ds_ranks
+import pytest
+
+pytestmark = pytest.mark.slow
+STAGES = (0, 1, 2, 3)
+FAULTS = {"flip_bit": "exp_avg_sq", "swap": "weights", "drop": "exp_avg"}
+OTHERS = {stream: {*FAULTS.values()} - {stream} for stream in FAULTS.values()}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """All ranks' records: two of them save, three load."""
+    folder, records = tmp_path_factory.mktemp("state_digest"), {}
+    for phase, ranks in (("save", 2), ("load", 3)):
+        job = ds_ranks.run(
+            "worker_state_digest.py", f"--phase={phase}", str(folder), folder=folder, ranks=ranks, timeout_seconds=120
+        )
+        assert job.returncode == 0, job.output[-4000:]
+        records[phase] = [json.loads((folder / phase / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+    return records
+
+
+@pytest.mark.parametrize("stage", (0, 1, 3))
+def test_three_ranks_load_what_two_have_saved(ranks: dict[str, list[dict[str, Any]]], stage: int) -> None:
+    saved = ranks["save"][0][f"saved{stage}"]
+    assert saved.keys() == OTHERS.keys()
+    for rank in ranks["load"]:
+        assert (rank[f"error{stage}"], rank[f"loaded{stage}"]) == ("", saved)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_damage_in_whole_files_is_refused_by_all_ranks(
+    ranks: dict[str, list[dict[str, Any]]], stage: int, fault: str
+) -> None:
+    saved, stream = ranks["save"][0][f"saved{stage}"], FAULTS[fault]
+    for rank in ranks["save"]:
+        error = rank[f"faults{stage}"][fault]
+        assert f"{fault}{stage}/global_step4: saved by 2 ranks, loaded by 2: the loaded optimizer state is not" in error
+        assert f"{stream}: expected {saved[stream]['digest']} of 144 elements, found " in error
+        assert not any(f"{other}: expected" in error for other in OTHERS[stream])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_not_asked_for_is_neither_compared_nor_recorded(
+    ranks: dict[str, list[dict[str, Any]]], stage: int
+) -> None:
+    for rank in ranks["save"]:
+        assert rank[f"faults{stage}"]["not compared"] == ""
+        assert rank[f"faults{stage}"]["not recorded"] is None
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_moments_are_reset_behind_the_comparison(ranks: dict[str, list[dict[str, Any]]], stage: int) -> None:
+    saved = ranks["save"][0][f"saved{stage}"]
+    for rank in ranks["save"]:
+        record = rank[f"reset{stage}"]
+        assert (record["error"], record["forked"]) == ("", saved)
+        assert record["after"]["weights"] == saved["weights"]
+        assert {record["after"][stream]["digest"] for stream in ("exp_avg", "exp_avg_sq")} == {"0" * 32}
+
+
+def test_a_conversion_that_loses_the_order_is_refused(ranks: dict[str, list[dict[str, Any]]]) -> None:
+    for rank in ranks["load"]:
+        said = "saved by 2 ranks, loaded by 3: the loaded optimizer state is not the one that was saved: exp_avg: "
+        assert said in rank["wrong"] and "exp_avg_sq: " not in rank["wrong"]
+
+
+def test_weights_that_are_rounded_on_purpose_are_not_compared(ranks: dict[str, list[dict[str, Any]]]) -> None:
+    assert {rank["rounded"] for rank in ranks["save"]} == {""}
