@@ -149,12 +149,17 @@ def run(
     out: Annotated[Path, typer.Option(help="The run folder.")],
     paradigm: ParadigmOption = "path_switching",
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the plan's [train] seed.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(metavar="adamw|pathswitch", help="Instead of the plan's [train] optimizer.")
+    ] = None,
     on_damage: Annotated[
         str | None, typer.Option(metavar="refuse|previous", help="previous: go back past damaged checkpoints.")
     ] = None,
 ) -> None:
     """Train a paradigm's paths under the deepspeed launcher; run again, it goes on where it stopped."""
     plan_file = with_seed(load_plan_file(plan_path), seed)
+    if optimizer is not None:
+        plan_file = with_optimizer(plan_file, optimizer)
     if on_damage not in (None, "refuse", "previous"):
         raise ConfigError("--on-damage", given=on_damage, allowed="refuse, previous")
     train(plan_file, plan_path.parent, out, _paradigm(paradigm), on_damage)
@@ -166,6 +171,15 @@ def with_seed(plan_file: PlanFile, seed: int | None) -> PlanFile:
     if seed is None or plan_file.train is None:
         return plan_file
     return plan_file.model_copy(update={"train": plan_file.train.model_copy(update={"seed": seed})})
+
+
+def with_optimizer(plan_file: PlanFile, optimizer: str) -> PlanFile:
+    """Return the plan with another [train] optimizer."""
+    if optimizer not in ("adamw", "pathswitch"):
+        raise ConfigError("--optimizer", given=optimizer, allowed="adamw, pathswitch")
+    if plan_file.train is None:
+        return plan_file
+    return plan_file.model_copy(update={"train": plan_file.train.model_copy(update={"optimizer": optimizer})})
 
 
 def train(plan_file: PlanFile, base: Path, out: Path, paradigm: Paradigm, on_damage: str | None = None) -> None:

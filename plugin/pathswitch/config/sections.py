@@ -96,6 +96,8 @@ class TrainSection(Section):
     )
     eps: Annotated[float, Field(gt=0, description="a number > 0")] = 1e-8
     weight_decay: Annotated[float, Field(ge=0, description="a number >= 0")] = 0.1
+    optimizer: Literal["adamw", "pathswitch"] = "adamw"
+    """torch's AdamW, or PathSwitchAdamW in one pass over memory, which is compiled at its first use."""
     gradient_clipping: Annotated[float, Field(ge=0, description="a number >= 0 (0: none)")] = 1.0
     save_every_steps: Count | None = None
 

@@ -50,13 +50,15 @@ def ds_config(
         "eps": train.eps,
         "weight_decay": train.weight_decay,
     }
+    torchs = {"type": "AdamW", "params": {**adam, "torch_adam": True, "fused": True}}
+    own_kernels = {"type": "PathSwitchAdamW", "params": {**adam, "one_pass": True}}
     plan = {"plan": str(folder.out / PLAN_FILE), "path": path.name, "paradigm": path.paradigm}
     return {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": micro_batch(train, ranks),
         "gradient_accumulation_steps": train.global_batch_size // (micro_batch(train, ranks) * ranks),
         "gradient_clipping": train.gradient_clipping,
-        "optimizer": {"type": "AdamW", "params": {**adam, "torch_adam": True, "fused": True}},
+        "optimizer": own_kernels if train.optimizer == "pathswitch" else torchs,
         "scheduler": {"type": "PathSwitchLR", "params": plan},
         "zero_optimization": {"stage": 1},
         "steps_per_print": 1_000_000_000,
