@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+from pathswitch.checkpoint import CheckpointSettings
 from pathswitch.config import plan_from_params
 from pathswitch.errors import CheckpointError, ConfigError
 from pathswitch.integrations.megatron_settings import data_settings
 from pathswitch_megatron.arguments import check_arguments, check_same_settings
+from pathswitch_megatron.hooks import MegatronLMHooks
 
 PLAN = plan_from_params({"max_lr": 1e-3, "versions": [{"name": "v1", "steps": 40}, {"name": "v2", "steps": 30}]})
 ARGS = {
@@ -129,3 +131,16 @@ def test_refused_arguments(name: str) -> None:
 def test_object_storage_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--save: given 'msc://bucket/main'; allowed: a folder of a file system"):
         check_arguments(SimpleNamespace(save="msc://bucket/main", load=None))
+
+
+def test_a_comparison_that_would_not_happen_is_refused() -> None:
+    def hooks(**checkpoint: Any) -> MegatronLMHooks:
+        job: Any = SimpleNamespace(settings=CheckpointSettings(**checkpoint))
+        return MegatronLMHooks(job, ModuleType("training"), lambda: None, "0.16.1")
+
+    hooks(verify="sizes")
+    for given in (True, False):
+        with pytest.raises(
+            ConfigError, match=rf"^\[megatron.checkpoint\] state_digest: given {given}; allowed: no such"
+        ):
+            hooks(state_digest=given)
