@@ -82,7 +82,7 @@ def digest_of(state: dict[str, Any], key: str) -> str:
 
 def element_key(index: int, lane: int) -> int:
     block, column = divmod(index, 1024)
-    column_key = mix((2 * column + lane + 1) * 0x9E3779B97F4A7C15)
+    column_key = mix((2 * column + lane + 1) * 0x9E3779B97F4A7C15) >> 32
     return column_key * (mix((2 * block + lane + 1) * 0xD1342543DE82EF95) | 1)
 
 
