@@ -101,6 +101,11 @@ class PathSwitchAdamW(kernels.PathSwitchAdamW):
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             group.setdefault("bias_correction", True)
+            step = group.pop("step", None)  # where old checkpoints of DeepSpeed's Adams count the group's updates
+            for p in group["params"]:
+                state = self.state[p]
+                if step is not None and "exp_avg" in state and "step" not in state:
+                    state["step"] = torch.tensor(float(step), dtype=torch.float32, device=p.device)
 
     def _update(self, request: kernels._Request) -> None:
         # DeepSpeed may show one group, or one piece of it, at a time: what counts is the parameter's own step.

@@ -63,3 +63,26 @@ def test_register_is_idempotent() -> None:
     register()
     register()
     assert vars(lr_scheduler)["PathSwitchLR"] is PathSwitchLR
+
+
+def test_the_optimizer_is_found_without_its_kernels_being_imported() -> None:
+    code = """
+import sys, torch
+print([m for m in sys.modules if m.startswith("pathswitch.kernels")], "PathSwitchAdamW" in vars(torch.optim))
+print(hasattr(torch.optim, "PathSwitchAdamWs"))
+from torch.optim import PathSwitchAdamW
+print(PathSwitchAdamW.__module__, torch.optim.PathSwitchAdamW is PathSwitchAdamW)
+"""
+    done = python(code)
+    assert done.stdout.splitlines() == ["[] False", "False", "pathswitch.integrations.adamw True"], done.stderr
+
+
+def test_names_of_another_tool_in_torch_optim_are_still_found() -> None:
+    code = """
+import torch
+vars(torch.optim)["__getattr__"] = lambda name: f"another's {name}"
+import pathswitch.integrations
+print(torch.optim.Other, torch.optim.PathSwitchAdamW.__name__)
+"""
+    done = python(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert done.stdout == "another's Other PathSwitchAdamW\n", done.stderr
