@@ -101,6 +101,8 @@ class PathSwitchAdamW(Optimizer):
         self._request: _Request | None = None
         self._follows = False
         self._first_step: int | None = None
+        self._pieces: dict[tuple[int, int, int], tuple[list[int], tuple[Any, ...]]] = {}
+        self._checked: dict[int, tuple[Any, ...]] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -290,22 +292,30 @@ class PathSwitchAdamW(Optimizer):
 
     def _shard(self, update: ShardUpdate, row: int) -> ShardTensors:
         p, state = update.parameter, self.state[update.parameter]
-        start, numel = update.start, update.grad.numel()
+        average = state["average"] if self.keeps_average else None
+        tensors = (state.get("master", p), state["exp_avg"], state["exp_avg_sq"], average)
+        if update.grad.numel() != p.numel():
+            tensors = self._piece(update, tensors)
+        weight, exp_avg, exp_avg_sq, average = tensors
+        return ShardTensors(update.grad, weight, exp_avg, exp_avg_sq, update.low, average, row)
 
-        def piece(tensor: Tensor) -> Tensor:
-            flat = _flat(tensor)
-            return flat if numel == flat.numel() else flat[start : start + numel]
-
-        average = piece(state["average"]) if self.keeps_average else None
-        low = None if update.low is None else _flat(update.low)
-        weight = state.get("master", p)
-        return ShardTensors(
-            _flat(update.grad), piece(weight), piece(state["exp_avg"]), piece(state["exp_avg_sq"]), low, average, row
-        )
+    def _piece(self, update: ShardUpdate, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return views of a piece, made once: ZeRO updates the same hundreds of pieces in every step."""
+        key = (id(update.parameter), update.start, update.grad.numel())
+        addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
+        if (known := self._pieces.get(key)) is None or known[0] != addresses:
+            end = update.start + update.grad.numel()
+            views = tuple(None if tensor is None else _flat(tensor)[update.start : end] for tensor in tensors)
+            known = self._pieces[key] = (addresses, views)
+        return known[1]
 
     def _parameter_state(self, p: Tensor) -> dict[str, Any]:
         """Return a parameter's state, with whatever it lacks: a loaded one may have come without masters."""
         state: dict[str, Any] = self.state[p]
+        names = ("step", *FLOAT_STATE)
+        checked = self._checked.get(id(p))
+        if checked is not None and all(state.get(name) is tensor for name, tensor in zip(names, checked, strict=True)):
+            return state
         step = state.get("step", 0.0)
         if not (torch.is_tensor(step) and step.dtype == torch.float32 and step.device == p.device):
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=p.device)
@@ -320,6 +330,7 @@ class PathSwitchAdamW(Optimizer):
             if name in state and (state[name].dtype != torch.float32 or state[name].stride() != p.stride()):
                 fitting = torch.empty_like(p, dtype=torch.float32, memory_format=torch.preserve_format)
                 state[name] = fitting.copy_(state[name])
+        self._checked[id(p)] = tuple(state.get(name) for name in names)
         return state
 
     def _state_on_device(self) -> DeviceState:
