@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from pathlib import Path
 from typing import Any
 
+import ds_job
 import ds_ranks
 import pytest
 
@@ -15,9 +18,14 @@ OTHERS = {stream: {*FAULTS.values()} - {stream} for stream in FAULTS.values()}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("state_digest")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """All ranks' records: two of them save, three load."""
-    folder, records = tmp_path_factory.mktemp("state_digest"), {}
+    records = {}
     for phase, ranks in (("save", 2), ("load", 3)):
         job = ds_ranks.run(
             "worker_state_digest.py", f"--phase={phase}", str(folder), folder=folder, ranks=ranks, timeout_seconds=120
@@ -75,3 +83,20 @@ def test_a_conversion_that_loses_the_order_is_refused(ranks: dict[str, list[dict
 
 def test_weights_that_are_rounded_on_purpose_are_not_compared(ranks: dict[str, list[dict[str, Any]]]) -> None:
     assert {rank["rounded"] for rank in ranks["save"]} == {""}
+
+
+def test_the_files_tell_without_a_job(ranks: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    command = [ds_job.BIN / "pathswitch", "verify", folder, "--state", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ds_job.environment())
+    found = {Path(result["folder"]).relative_to(folder).parts[0]: result for result in json.loads(done.stdout)}
+    assert done.returncode == 1
+    for stage in (1, 2, 3):
+        assert found[f"stage{stage}"]["state"] == found[f"fork{stage}"]["state"] == "same"
+        assert found[f"without{stage}"]["state"] == "not recorded"
+        saved = ranks["save"][0][f"saved{stage}"]
+        for fault, stream in FAULTS.items():
+            result = found[f"{fault}{stage}"]
+            assert (result["state"], result["whole"]) == ("differs", False)
+            assert [problem["file"] for problem in result["problems"]] == [f"optimizer state, {stream}"]
+            assert result["problems"][0]["expected"] == f"{saved[stream]['digest']} of 144 elements"
+    assert "under ZeRO 0 do not name the elements" in found["stage0"]["state"] and found["stage0"]["whole"]

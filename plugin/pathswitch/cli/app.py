@@ -345,12 +345,15 @@ def verify(
     folder: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a folder or run that holds some.")],
     mode: Annotated[str, typer.Option(metavar="full|sizes", help="Compare digests, or sizes alone.")] = "full",
     signing_key_file: KeyOption = None,
+    state: Annotated[
+        bool, typer.Option("--state", help="Unpickle the shards as well, and compare the optimizer state in them.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Verify checkpoints against their manifests; exit code 1 if one is damaged or was never committed."""
     from pathswitch.cli.checkpoints import show_verified, verify_all
 
-    results = verify_all(folder, mode, signing_key_file)
+    results = verify_all(folder, mode, signing_key_file, state=state)
     if as_json:
         _print_json([result.as_json() for result in results])
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ class Verified:
     manifest: Manifest | None
     """None where there is none, or none that can be read."""
     findings: list[Finding]
+    state: str | None = None
+    """What the shards' optimizer state is against the manifest's digest of it; None where that was not asked."""
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -69,17 +71,24 @@ class Verified:
         known = {} if manifest is None else manifest.model_dump(include={"paradigm", "path", "step"})
         digest = None if manifest is None else manifest.digest
         problems = [asdict(finding) for finding in self.findings]
-        return {"folder": str(self.folder), **known, "digest": digest, "whole": not problems, "problems": problems}
+        state = {} if self.state is None else {"state": self.state}
+        found = {"digest": digest, "whole": not problems, "problems": problems}
+        return {"folder": str(self.folder), **known, **found, **state}
 
 
-def verify_all(root: Path, mode_text: str, key_file: Path | None) -> list[Verified]:
+def verify_all(root: Path, mode_text: str, key_file: Path | None, *, state: bool) -> list[Verified]:
     """Verify every checkpoint in and below a folder, and those that the ledger of a run places elsewhere.
+
+    With ``state``, shards that are whole are unpickled, and their optimizer state is compared as well.
 
     Raises:
         ConfigError: there is none, or an argument is not allowed.
     """
     key = read_key(key_file)
     mode = compare_mode("--mode", mode_text, key)
+    if state and mode != "full":
+        allowed = "full with --state: shards are unpickled, which nobody should do before their digests are compared"
+        raise ConfigError("--mode", given=mode, allowed=allowed)
     folders = list(checkpoint_folders(root))
     recorded = recorded_checkpoints(root, records_of(root))
     folders += sorted(f for f in recorded if f.is_dir() and not f.is_relative_to(root.resolve()))
@@ -87,6 +96,8 @@ def verify_all(root: Path, mode_text: str, key_file: Path | None) -> list[Verifi
         raise ConfigError("PATH", given=str(root), allowed="a checkpoint, or a folder that holds checkpoints")
     with ByteProgress() as progress:
         results = [_verify(folder, mode, key, progress) for folder in folders]
+    if state:
+        results = [_with_state(result) for result in results]
     return sorted(results, key=lambda r: (r.folder.parent, -1 if r.manifest is None else r.manifest.step, r.folder))
 
 
@@ -104,6 +115,24 @@ def _verify(folder: Path, mode: CompareMode, key: bytes | None, progress: BytePr
     return Verified(folder, manifest, findings)
 
 
+def _with_state(result: Verified) -> Verified:
+    manifest = result.manifest
+    if manifest is None or result.findings:
+        return replace(result, state="not compared")
+    if manifest.state_digest is None:
+        return replace(result, state="not recorded")
+    from pathswitch.integrations.state_digest import differences
+    from pathswitch.integrations.state_files import digest_of_files
+
+    try:
+        found = digest_of_files(result.folder, manifest)
+    except CheckpointError as error:
+        return replace(result, state=str(error).removeprefix(f"{result.folder}: "))
+    different = differences(manifest.state_digest, found)
+    findings = [replace(finding, file=f"optimizer state, {finding.file}") for finding in different]
+    return replace(result, findings=findings, state="differs" if findings else "same")
+
+
 def show_verified(results: list[Verified], console: Console) -> None:
     """Print one row for each checkpoint, then every problem."""
     table = Table("path", "checkpoint", "step", "size", "", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -118,6 +147,8 @@ def show_verified(results: list[Verified], console: Console) -> None:
     for result in results:
         for finding in result.findings:
             say(console, f"{result.folder}: {finding}")
+        if result.state is not None and not result.findings:
+            say(console, f"{result.folder}: optimizer state: {result.state}")
 
 
 @dataclass(frozen=True)

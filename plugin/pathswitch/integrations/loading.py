@@ -104,9 +104,10 @@ def _require_saved_state(
     if not engine.zero_load_from_fp32_weights():
         expected.pop(WEIGHTS, None)  # they are rounded, as the ds_config wants them
     ranks = f"saved by {then.world_size} ranks, loaded by {now.world_size}"
-    if lines := differences(expected, found):
+    if findings := differences(expected, found):
+        said = "; ".join(map(str, findings))
         raise CheckpointError(
-            f"{source}: {ranks}: the loaded optimizer state is not the one that was saved: {'; '.join(lines)}. "
+            f"{source}: {ranks}: the loaded optimizer state is not the one that was saved: {said}. "
             'Take another checkpoint; pathswitch.checkpoint "state_digest": false goes on from this one all the same'
         )
     if dist.get_rank() == 0:

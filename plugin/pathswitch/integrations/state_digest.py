@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pathswitch.checkpoint import StreamDigest
+from pathswitch.checkpoint import Finding, StreamDigest
 from pathswitch.integrations.collective import gather
 
 logger = logging.getLogger("pathswitch")
@@ -61,19 +61,30 @@ def state_digest(engine: Any) -> Digests | None:
         return None
     from pathswitch.kernels.digest import merged
 
-    total = merged(part for part, _ in parts)
-    return {stream: StreamDigest(**content) for stream, content in total.items()} or None
+    return _from_dict(merged(part for part, _ in parts)) or None
 
 
-def differences(expected: Digests, found: Digests) -> list[str]:
-    """Return in words which of the expected streams are others; more streams than expected are none of its business."""
-    lines = []
-    for stream, digest in expected.items():
-        other = found.get(stream)
-        if other != digest:
-            said = "nothing" if other is None else str(other)
-            lines.append(f"{stream}: expected {digest}, found {said}")
-    return lines
+def digests_of(parts: Iterable[tuple[str, str, Tensor, int]]) -> Digests:
+    """Return the digests of (stream, parameter's name, values, place of the first in the parameter)."""
+    from pathswitch.kernels.digest import StateDigest
+
+    digest = StateDigest()
+    for stream, name, values, first_element in parts:
+        digest.add(stream, name, values, first_element)
+    return _from_dict(digest.to_dict())
+
+
+def _from_dict(streams: Mapping[str, Mapping[str, Any]]) -> Digests:
+    return {stream: StreamDigest(**content) for stream, content in streams.items()}
+
+
+def differences(expected: Digests, found: Digests) -> list[Finding]:
+    """Return which of the expected streams are others; more streams than expected are none of its business."""
+    return [
+        Finding(stream, str(digest), str(found.get(stream, "nothing")))
+        for stream, digest in expected.items()
+        if found.get(stream) != digest
+    ]
 
 
 @cache
