@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed.accelerator import get_accelerator
-from harness import arguments, engine_of, finish, update
+from harness import USED_LRS, arguments, engine_of, finish, update
+
+from pathswitch.kernels.layouts import ShardTensors, StepScalars
+from pathswitch.kernels.ops import OperatorKernels
+
+_original_update = OperatorKernels.adamw
+
+
+def _recording_update(kernels: OperatorKernels, shards: Sequence[ShardTensors], scalars: torch.Tensor) -> None:
+    """Record what the kernels compute with, as the harness does with torch's AdamW."""
+    USED_LRS.append(StepScalars.from_buffer_copy(scalars[shards[0].scalars].numpy().tobytes()).lr)
+    _original_update(kernels, shards, scalars)
+
+
+OperatorKernels.adamw = _recording_update  # type: ignore[method-assign]
 
 
 def attempts(engine: Any, until_step: int) -> list[float]:
@@ -34,6 +50,7 @@ def main() -> None:
         fork_step = branch.lr_scheduler.path.start_step
         branch.lr_scheduler.load_state_dict(trunk.lr_scheduler.state_dict() | {"step": fork_step})
         record[recipe.stem] = {"main": lrs, "v2": attempts(branch, fork_step + 2), "fork_step": fork_step}
+        record[recipe.stem]["one_pass"] = "step" in vars(branch.optimizer)
     finish(record, out)
 
 

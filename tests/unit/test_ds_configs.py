@@ -16,7 +16,7 @@ sys.path.append(str(ROOT / "tests" / "integration"))
 
 import ds_job  # noqa: E402
 
-RECIPES = ["zero1_fp16", "zero1_fp32", "zero1_fp32_inline", "zero2_bf16", "zero3_bf16"]
+RECIPES = ["zero1_bf16_one_pass", "zero1_fp16", "zero1_fp32", "zero1_fp32_inline", "zero2_bf16", "zero3_bf16"]
 PLAN = build_plan(load_plan_file(ROOT / "ds_configs" / "plan.toml"))
 
 
@@ -51,6 +51,10 @@ def test_inline_recipe_is_the_plan_file() -> None:
 def test_optimizers_lr_is_max_lr(name: str) -> None:
     settings = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
     assert settings["optimizer"]["params"]["lr"] == PLAN.main.max_lr
+
+
+def test_the_step_in_one_pass_is_taken(record: dict[str, Any]) -> None:
+    assert [name for name in RECIPES if record[name]["one_pass"]] == ["zero1_bf16_one_pass"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
