@@ -345,9 +345,7 @@ def verify(
     folder: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a folder or run that holds some.")],
     mode: Annotated[str, typer.Option(metavar="full|sizes", help="Compare digests, or sizes alone.")] = "full",
     signing_key_file: KeyOption = None,
-    state: Annotated[
-        bool, typer.Option("--state", help="Unpickle the shards as well, and compare the optimizer state in them.")
-    ] = False,
+    state: Annotated[bool, typer.Option("--state", help="Unpickle shards and compare the optimizer state.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Verify checkpoints against their manifests; exit code 1 if one is damaged or was never committed."""
