@@ -34,7 +34,7 @@ class DeviceState:
 
     def __init__(self, device: torch.device, averaging: AverageSettings, weights: Sequence[float]) -> None:
         self.device = device
-        self._tables: list[Tensor] = []  # those of earlier paths too: a replay under way may still read them
+        self._kept: list[Tensor] = []  # earlier ones too: a captured graph, or a replay under way, may still read them
         self._groups = b""
         self.scalars = torch.zeros(0, SCALARS_BYTES, dtype=torch.uint8, device=device)
         table = self._table(weights)
@@ -77,6 +77,7 @@ class DeviceState:
                 "PathSwitchAdamW in a captured graph", given="new settings or another LR", allowed=allowed
             )
         if len(content) != self.step_state.groups.numel():
+            self._kept.append(self.step_state.groups)
             self.step_state.groups = torch.zeros(
                 len(settings), sizeof(GroupSettings), dtype=torch.uint8, device=self.device
             )
@@ -86,14 +87,16 @@ class DeviceState:
     def rows(self, count: int) -> Tensor:
         """Return ``count`` rows of scalars."""
         if len(self.scalars) < count:
+            self._kept.append(self.scalars)
             self.scalars = torch.zeros(count, SCALARS_BYTES, dtype=torch.uint8, device=self.device)
         return self.scalars[:count]
 
     def _table(self, values: Sequence[float]) -> Tensor | None:
         if not values:
             return None
-        self._tables.append(torch.tensor(values, dtype=torch.float64).to(self.device))
-        return self._tables[-1]
+        table = torch.tensor(values, dtype=torch.float64).to(self.device)
+        self._kept.append(table)
+        return table
 
     def _write(self, target: Tensor, struct: Structure) -> None:
         self._copy(target, struct_bytes(struct))
