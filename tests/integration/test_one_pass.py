@@ -117,3 +117,9 @@ def test_elsewhere_deepspeeds_step_is_kept(records: list[dict[str, Any]], name: 
 def test_wrong_parameters_are_refused_on_every_rank(records: list[dict[str, Any]], name: str, said: str) -> None:
     for record in records:
         assert record["refusals"][name].startswith(f"ConfigError: PathSwitchAdamW {said}")
+
+
+def test_kernels_that_cannot_be_had_are_missed_before_any_step(records: list[dict[str, Any]]) -> None:
+    for record in records:
+        assert record["refusals"]["no_compiler"] == "KernelError: nothing compiles for cpu"
+        assert record["refusals"]["reference"] == ""

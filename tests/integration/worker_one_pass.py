@@ -14,6 +14,9 @@ from harness import arguments, engine_of, finish, refused
 from tiny_plan import PLAN
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pathswitch.errors import KernelError
+from pathswitch.integrations import one_pass
+
 BOTH = {"ours": OURS, "one_pass": ONE_PASS}
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 SCHEDULERS = {
@@ -182,6 +185,13 @@ def refusals() -> dict[str, str]:
     bare = settings(1, "bf16", OURS)
     del bare["optimizer"]
     said["client"] = refused(lambda: engine_of(bare, model=SplitModel(), optimizer=client))
+
+    def no_compiler(device: torch.device) -> None:
+        raise KernelError(f"nothing compiles for {device}")
+
+    one_pass.backend = no_compiler
+    said["no_compiler"] = refused(lambda: engine(1, "bf16", OURS))
+    said["reference"] = refused(lambda: engine(1, "bf16", OURS | {"backend": "reference"}))
     return said
 
 

@@ -30,6 +30,7 @@ from pathswitch.errors import ConfigError, UpstreamError
 from pathswitch.integrations.adamw import PathSwitchAdamW
 from pathswitch.integrations.upstream import ASSUMED, known
 from pathswitch.kernels import optimizer as kernels
+from pathswitch.kernels.ops import OperatorKernels, backend
 from pathswitch.kernels.optimizer import ShardUpdate
 
 logger = logging.getLogger("pathswitch")
@@ -59,6 +60,8 @@ def _adopt(engine: Any, optimizer: kernels.PathSwitchAdamW) -> None:
     if optimizer.max_norm != 0:
         allowed = "0, or no such key: under DeepSpeed gradients are clipped by gradient_clipping in the ds_config"
         raise ConfigError("PathSwitchAdamW max_norm", given=optimizer.max_norm, allowed=allowed)
+    if isinstance(optimizer._kernels, OperatorKernels):  # compiled here, or the reason why not said, on every rank
+        backend(torch.device("cpu") if engine.zero_use_cpu_optimizer() else torch.device(engine.device))
     if not isinstance(optimizer, PathSwitchAdamW) or not optimizer.wants_one_pass:
         return
     reason = why_not(engine)
