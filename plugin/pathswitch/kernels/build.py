@@ -11,6 +11,8 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
+import stat
 import tempfile
 import time
 import uuid
@@ -18,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pathswitch.errors import KernelError
+from pathswitch.errors import ConfigError, KernelError, choices
 from pathswitch.kernels.compilers import (
     ARCHITECTURES,
     CPU_FLAGS,
@@ -29,9 +31,9 @@ from pathswitch.kernels.compilers import (
     Compiler,
     compile_cpu,
     compile_cuda,
-    cpp_compiler,
+    cpp_compilers,
     machine_isas,
-    nvcc,
+    nvccs,
     nvrtc,
 )
 
@@ -54,50 +56,122 @@ def best_isa() -> str:
 def cache_folder() -> Path:
     """Return the folder of the compiled kernels: $PATHSWITCH_KERNELS, or pathswitch/kernels in the user's cache."""
     if given := os.environ.get(FOLDER_VARIABLE):
-        return Path(given)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "pathswitch" / "kernels"
+        return Path(given).expanduser().absolute()
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a home folder
+        return spare_folder()
+    return Path(cache).absolute() / "pathswitch" / "kernels"
+
+
+def spare_folder() -> Path:
+    """Return this user's folder in the machine's temporary folder, used where the cache cannot be written."""
+    return Path(tempfile.gettempdir()) / f"pathswitch-kernels-{os.getuid()}"
 
 
 def cpu_library(isa: str) -> Path:
     """Return the compiled CPU backend for an instruction set, and compile it before if it is not there.
 
     Raises:
+        ConfigError: there is no such instruction set.
         KernelError: there is no C++ compiler, or it failed.
     """
-    name = f"cpu-{isa}-{_digest(CPU_FLAGS, ISAS[isa], ('cpu.cpp', 'maths.h', 'vectors.h'))}.so"
 
     def build(output: Path) -> None:
-        compiler = cpp_compiler()
-        if compiler is None:
-            raise KernelError(f"no C++ compiler ($CXX, c++, g++, clang++) for the CPU kernels; {NO_COMPILER}")
-        compile_cpu(compiler, isa, output)
+        none = (
+            "no C++ compiler ($CXX, c++, g++, clang++) for the CPU kernels: install one (Debian: apt-get install g++)"
+        )
+        _try_each(cpp_compilers(), lambda compiler: compile_cpu(compiler, isa, output), none)
 
-    return _cached(name, f"the CPU kernels for {isa}", build)
+    return _cached(cpu_name(isa), f"the CPU kernels for {isa}", build)
+
+
+def cpu_name(isa: str) -> str:
+    """Return the file name of the CPU backend for an instruction set.
+
+    Raises:
+        ConfigError: there is no such instruction set.
+    """
+    if isa not in ISAS:
+        raise ConfigError("instruction set", given=isa, allowed=choices(ISAS, isa))
+    return f"cpu-{isa}-{_digest(CPU_FLAGS, ISAS[isa], ('cpu.cpp', 'maths.h', 'vectors.h'))}.so"
 
 
 def cuda_image(architectures: tuple[str, ...] = ARCHITECTURES) -> Path:
     """Return the compiled CUDA kernels, and compile them before if they are not there.
 
     Args:
-        architectures: compute capabilities without the point, as "90"; NVRTC takes the first alone.
+        architectures: compute capabilities without the point, as "90"; NVRTC compiles for one at a time.
 
     Raises:
+        ConfigError: this is no compute capability.
         KernelError: there is neither nvcc nor NVRTC, or it failed.
     """
-    name = f"cuda-{'-'.join(architectures)}-{_digest(CUDA_FLAGS, (), ('kernels.cu', 'kernels.cuh', 'maths.h'))}.bin"
+    compilers = nvccs()
+    if (library := nvrtc()) is not None and (len(architectures) == 1 or not compilers):
+        compilers.append(library)
 
     def build(output: Path) -> None:
-        compile_cuda(_cuda_compiler(), architectures, output)
+        none = f"neither nvcc nor NVRTC for the CUDA kernels: install {CUDA_PACKAGES}"
+        _try_each(compilers, lambda compiler: compile_cuda(compiler, architectures, output), none)
 
-    return _cached(name, f"the CUDA kernels for {', '.join(f'sm_{arch}' for arch in architectures)}", build)
+    what = f"the CUDA kernels for {', '.join(f'sm_{arch}' for arch in architectures)}"
+    return _cached(cuda_name(architectures), what, build)
 
 
-def _cuda_compiler() -> Compiler:
-    compiler = nvcc() or nvrtc()
-    if compiler is None:
-        raise KernelError(f"neither nvcc nor NVRTC for the CUDA kernels: install {CUDA_PACKAGES}; {NO_COMPILER}")
-    return compiler
+def cuda_name(architectures: tuple[str, ...] = ARCHITECTURES) -> str:
+    """Return the file name of the CUDA kernels for some compute capabilities.
+
+    Raises:
+        ConfigError: this is no compute capability.
+    """
+    for arch in architectures:
+        if not re.fullmatch("[0-9]{2,3}", arch):
+            raise ConfigError("CUDA architecture", given=arch, allowed="a compute capability without the point, as 90")
+    return f"cuda-{'-'.join(architectures)}-{_digest(CUDA_FLAGS, (), ('kernels.cu', 'kernels.cuh', 'maths.h'))}.bin"
+
+
+def device_image(architecture: str) -> Path:
+    """Return the compiled CUDA kernels for one device: of all architectures if they are there or nvcc is, or its own.
+
+    Args:
+        architecture: the device's compute capability without the point, as "90".
+
+    Raises:
+        ConfigError: this is no compute capability.
+        KernelError: there is neither nvcc nor NVRTC, or it failed.
+    """
+    own = cuda_name((architecture,))
+    covered = int(architecture) >= int(ARCHITECTURES[0])  # the image has PTX for those that come after the last
+    for name in (cuda_name(), own) if covered else (own,):
+        if (path := find_cached(name)) is not None:
+            return path
+    if covered and nvccs():
+        try:
+            return cuda_image()
+        except KernelError as error:
+            if nvrtc() is None:
+                raise
+            logger.warning("pathswitch: nvcc failed, and NVRTC is tried: %s", error)
+    return cuda_image((architecture,))
+
+
+def find_cached(name: str) -> Path | None:
+    """Return the compiled file of this name, if it is there and has not been damaged."""
+    if _is_whole(cache_folder() / name):
+        return cache_folder() / name
+    spare = spare_folder()
+    return spare / name if _is_ours(spare) and _is_whole(spare / name) else None
+
+
+def _try_each(compilers: list[Compiler], compile_with: Callable[[Compiler], None], none_found: str) -> None:
+    failures = []
+    for compiler in compilers:
+        try:
+            return compile_with(compiler)
+        except KernelError as error:
+            failures.append(f"{compiler} failed: {error}")
+    raise KernelError("\n".join([*(failures or [none_found]), NO_COMPILER]))
 
 
 def _digest(flags: tuple[str, ...], more_flags: tuple[str, ...], sources: tuple[str, ...]) -> str:
@@ -109,18 +183,21 @@ def _digest(flags: tuple[str, ...], more_flags: tuple[str, ...], sources: tuple[
 
 
 def _cached(name: str, what: str, build: Callable[[Path], None]) -> Path:
-    folder = cache_folder()
-    if _is_whole(folder / name):
-        return folder / name
-    folder = _writable(folder)
+    if (path := find_cached(name)) is not None:
+        return path
     with _one_builder(name):
-        if not _is_whole(folder / name):
-            _remove_leftovers(folder)
-            started = time.monotonic()
-            logger.info("pathswitch: compiling %s, once", what)
+        if (path := find_cached(name)) is not None:
+            return path
+        folder = _writable(cache_folder())
+        _remove_leftovers(folder)
+        started = time.monotonic()
+        logger.info("pathswitch: compiling %s, once", what)
+        try:
             _build_into(folder / name, build)
-            logger.info("pathswitch: compiled %s in %.0f s: %s", what, time.monotonic() - started, folder / name)
-    return folder / name
+        except OSError as error:
+            raise KernelError(f"{folder}: {what} cannot be written: {error}; set ${FOLDER_VARIABLE}") from error
+        logger.info("pathswitch: compiled %s in %.0f s: %s", what, time.monotonic() - started, folder / name)
+        return folder / name
 
 
 def _build_into(target: Path, build: Callable[[Path], None]) -> None:
@@ -139,7 +216,7 @@ def _build_into(target: Path, build: Callable[[Path], None]) -> None:
 def _is_whole(path: Path) -> bool:
     """Return whether the file is there and has not been damaged since it was built."""
     try:
-        return _file_digest(path) == _digest_file(path).read_text()
+        return _file_digest(path).encode() == _digest_file(path).read_bytes()
     except OSError:
         return False
 
@@ -153,18 +230,30 @@ def _digest_file(path: Path) -> Path:
 
 
 def _writable(folder: Path) -> Path:
-    """Return the folder, or one of this user's in the machine's temporary folder where it cannot be written."""
+    """Return the folder, or the spare one where it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        other = Path(tempfile.gettempdir()) / f"pathswitch-kernels-{os.getuid()}"
+        other = spare_folder()
         logger.warning("pathswitch: %s cannot be written (%s): the kernels go to %s", folder, error.strerror, other)
-        other.mkdir(mode=0o700, exist_ok=True)
-        if other.stat().st_uid != os.getuid():
-            raise KernelError(f"{other} belongs to another user; set ${FOLDER_VARIABLE} to a folder of yours") from None
+        try:
+            other.mkdir(mode=0o700, exist_ok=True)
+        except OSError as second:
+            raise KernelError(f"{folder}: {error}; {other}: {second}; set ${FOLDER_VARIABLE}") from second
+        if not _is_ours(other):
+            text = f"{other}: another user may write to it; set ${FOLDER_VARIABLE} to a folder of yours"
+            raise KernelError(text) from None
         return other
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        info = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -192,8 +281,10 @@ def _one_builder(name: str) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError:
+            except BlockingIOError:
                 time.sleep(0.05)
+            except OSError:  # a file system without locks
+                break
         yield
     finally:
         os.close(descriptor)

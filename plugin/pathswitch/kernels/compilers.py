@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -31,26 +32,34 @@ CUDA_FLAGS = ("-std=c++17", "-O3", "-fmad=false")
 ARCHITECTURES = ("80", "90", "100")
 CUDA_PACKAGES = "nvidia-cuda-nvcc or nvidia-cuda-nvrtc (pip), or NVIDIA's toolkit"
 LAST_LINES = 12
+COMPILER_SECONDS = 900.0
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """A compiler: its name, where it is, and what it says of its version."""
+    """A compiler: its name, where it is, what it says of its version, and arguments that always follow its path."""
 
     name: str
     path: str
     version: str
+    arguments: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{shlex.join([self.path, *self.arguments])} ({self.version})"
 
 
 def machine_isas() -> tuple[str, ...]:
     """Return the instruction sets that this machine can run, the best first."""
-    found = set()
-    if platform.machine() in ("x86_64", "AMD64"):
-        try:
-            flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-            found = set(flags.split())
-        except (OSError, StopIteration):
-            pass
+    try:
+        return isas_of(Path("/proc/cpuinfo").read_text(), platform.machine())
+    except OSError:
+        return ("portable",)
+
+
+def isas_of(cpuinfo: str, machine: str) -> tuple[str, ...]:
+    """Return the instruction sets of a machine, the best first, by what Linux says of its processors."""
+    lines = (line for line in cpuinfo.splitlines() if line.startswith("flags"))
+    found = set(next(lines, "").split()) if machine in ("x86_64", "AMD64") else set()
     isas = []
     if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "f16c"} <= found:
         isas.append("avx512")
@@ -59,22 +68,36 @@ def machine_isas() -> tuple[str, ...]:
     return (*isas, "portable")
 
 
-def cpp_compiler() -> Compiler | None:
-    """Return the first C++ compiler of $CXX, c++, g++ and clang++."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and (path := shutil.which(name)):
-            return Compiler(name, path, _version(path))
-    return None
+def cpp_compilers() -> list[Compiler]:
+    """Return the C++ compilers among $CXX, which may have arguments, c++, g++ and clang++, each once."""
+    names = (shlex.split(os.environ.get("CXX", "")), ["c++"], ["g++"], ["clang++"])
+    return _present([name for name in names if name])
 
 
-def nvcc() -> Compiler | None:
-    """Return the nvcc of $CUDA_HOME, PATH, or the package nvidia-cuda-nvcc of this environment."""
+def nvccs() -> list[Compiler]:
+    """Return the nvcc of $CUDA_HOME, of PATH, and of the package nvidia-cuda-nvcc in this environment, each once."""
     home = os.environ.get("CUDA_HOME")
     packaged = sorted(_site_packages().glob("nvidia/cu*/bin/nvcc"), reverse=True)
-    for candidate in (f"{home}/bin/nvcc" if home else None, "nvcc", *map(str, packaged)):
-        if candidate and (path := shutil.which(candidate)):
-            return Compiler("nvcc", path, _version(path))
-    return None
+    return _present([[name] for name in (f"{home}/bin/nvcc" if home else "", "nvcc", *map(str, packaged)) if name])
+
+
+def _present(commands: list[list[str]]) -> list[Compiler]:
+    found: dict[tuple[str, ...], Compiler] = {}
+    for name, *arguments in commands:
+        if path := shutil.which(name):
+            key = (os.path.realpath(path), *arguments)
+            if key not in found:
+                found[key] = Compiler(Path(name).name, path, _version([path, *arguments]), tuple(arguments))
+    return list(found.values())
+
+
+def nvcc_architectures(compiler: Compiler) -> set[str]:
+    """Return the compute capabilities that an nvcc knows, as "90"; none if it does not say."""
+    try:
+        done = _start([compiler.path, "--list-gpu-arch"], 60)
+    except (OSError, subprocess.SubprocessError):
+        return set()
+    return {word.removeprefix("compute_") for word in done.stdout.split()}
 
 
 def nvrtc() -> Compiler | None:
@@ -100,20 +123,24 @@ def compile_cpu(compiler: Compiler, isa: str, output: Path) -> None:
     Raises:
         KernelError: the compiler failed.
     """
-    _run([compiler.path, *CPU_FLAGS, *ISAS[isa], str(SOURCES / "cpu.cpp"), "-o", str(output)])
+    _run([compiler.path, *compiler.arguments, *CPU_FLAGS, *ISAS[isa], str(SOURCES / "cpu.cpp"), "-o", str(output)])
 
 
 def compile_cuda(compiler: Compiler, architectures: tuple[str, ...], output: Path) -> None:
-    """Compile the CUDA kernels into one image: for all architectures with nvcc, for one with NVRTC.
+    """Compile the CUDA kernels into one image: for all architectures that an nvcc knows, for one with NVRTC.
 
     Raises:
-        KernelError: the compiler failed.
+        KernelError: the compiler failed, or cannot do it.
     """
     if compiler.name == "nvrtc":
+        if len(architectures) > 1:
+            raise KernelError("NVRTC compiles for one architecture at a time")
         output.write_bytes(nvrtc_image(compiler, architectures[0]))
         return
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-    codes.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")  # for later ones
+    known = nvcc_architectures(compiler)
+    binaries = [arch for arch in architectures if arch in known] or list(architectures)
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in binaries]
+    codes.append(f"-gencode=arch=compute_{binaries[-1]},code=compute_{binaries[-1]}")  # for later ones
     _run([compiler.path, *CUDA_FLAGS, *codes, "-fatbin", str(SOURCES / "kernels.cu"), "-o", str(output)])
 
 
@@ -157,20 +184,29 @@ def _nvrtc_log(library: ctypes.CDLL, program: c_void_p) -> str:
 
 
 def _run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    try:
+        result = _start(command, COMPILER_SECONDS)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise KernelError(str(error)) from error
     if result.returncode:
         said = "\n".join((result.stderr or result.stdout).splitlines()[-LAST_LINES:])
-        raise KernelError(f"{' '.join(command)}: exit code {result.returncode}\n{said}")
+        raise KernelError(f"{shlex.join(command)}: exit code {result.returncode}\n{said}")
 
 
-def _version(path: str) -> str:
+def _start(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, timeout=seconds
+    )
+
+
+def _version(command: list[str]) -> str:
     try:
-        result = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60)
+        result = _start([*command, "--version"], 60)
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
     lines = [line for line in result.stdout.splitlines() if line.strip()]
     # nvcc's version stands in its last line, the others' in their first.
-    return (lines[-1] if "nvcc" in Path(path).name else lines[0]) if lines else "unknown"
+    return (lines[-1] if "nvcc" in Path(command[0]).name else lines[0]) if lines else "unknown"
 
 
 def _site_packages() -> Path:
