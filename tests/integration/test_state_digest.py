@@ -13,6 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 STAGES = (0, 1, 2, 3)
+LAYOUTS = ("float32 gradients", "another order", "aligned", "offloaded 2", "offloaded 3", "many groups")
 FAULTS = {"flip_bit": "exp_avg_sq", "swap": "weights", "drop": "exp_avg"}
 OTHERS = {stream: {*FAULTS.values()} - {stream} for stream in FAULTS.values()}
 
@@ -81,6 +82,34 @@ def test_a_conversion_that_loses_the_order_is_refused(ranks: dict[str, list[dict
         assert said in rank["wrong"] and "exp_avg_sq: " not in rank["wrong"]
 
 
+def test_a_conversion_of_round_robin_gradients_is_refused(ranks: dict[str, list[dict[str, Any]]]) -> None:
+    """DeepSpeed's own map from parameters to partitions is in another order there, and so is what it converts."""
+    for rank in ranks["load"]:
+        assert "loaded by 3: the loaded optimizer state is not the one that was saved: " in rank["wrong order"]
+
+
+def test_the_digest_does_not_depend_on_how_deepspeed_keeps_the_state(ranks: dict[str, list[dict[str, Any]]]) -> None:
+    for rank in ranks["save"]:
+        layouts = rank["layouts"]
+        assert {layout["error"] for layout in layouts.values()} == {""}
+        assert [layouts[name]["class"] for name in ("float32 gradients", "offloaded 2", "offloaded 3")] == [
+            "BF16_Optimizer",
+            "DeepSpeedZeroOptimizer",
+            "DeepSpeedZeroOptimizer_Stage3",
+        ]
+        first = layouts["float32 gradients"]["saved"]
+        assert {stream: digest["elements"] for stream, digest in first.items()} == dict.fromkeys(OTHERS, 144 - 8)
+        assert all(layout["saved"] == first for layout in layouts.values()), "trained alike, to the bit"
+        assert len(layouts) == len(LAYOUTS)
+
+
+def test_pipeline_stages_are_added_up(ranks: dict[str, list[dict[str, Any]]]) -> None:
+    for rank in ranks["save"]:
+        assert rank["pipeline"]["error"] == ""
+        elements = {stream: digest["elements"] for stream, digest in rank["pipeline"]["saved"].items()}
+        assert elements == dict.fromkeys(OTHERS, 4 * (8 * 8 + 8))
+
+
 def test_weights_that_are_rounded_on_purpose_are_not_compared(ranks: dict[str, list[dict[str, Any]]]) -> None:
     assert {rank["rounded"] for rank in ranks["save"]} == {""}
 
@@ -99,4 +128,5 @@ def test_the_files_tell_without_a_job(ranks: dict[str, list[dict[str, Any]]], fo
             assert (result["state"], result["whole"]) == ("differs", False)
             assert [problem["file"] for problem in result["problems"]] == [f"optimizer state, {stream}"]
             assert result["problems"][0]["expected"] == f"{saved[stream]['digest']} of 144 elements"
+    assert {found[layout]["state"] for layout in LAYOUTS} == {"same"}
     assert "under ZeRO 0 do not name the elements" in found["stage0"]["state"] and found["stage0"]["whole"]

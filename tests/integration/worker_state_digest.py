@@ -12,8 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
-from harness import arguments, barrier, config, engine_of, finish, refused, updates
+from deepspeed.pipe import LayerSpec, PipelineModule
+from harness import WIDTH, TinyModel, arguments, barrier, config, engine_of, finish, refused, updates
 from worker_matrix import digest_of, saved_digest
 
 import pathswitch.integrations.universal as universal
@@ -111,9 +113,58 @@ def reset_moments(out: Path, stage: int) -> Record:
 BRANCH: Any = {"paradigm": "path_switching", "path": "v1"}
 
 
+def layouts(out: Path) -> Record:
+    """Train with each way that DeepSpeed has to keep the same state, save, and load."""
+    record: Record = {}
+    for name in LAYOUTS:
+        run = layout_of(name)
+        updates(run, STEP)
+        run.save_checkpoint(out / name)
+        error = refused(partial(layout_of(name).load_checkpoint, out / name))
+        record[name] = {"class": type(run.optimizer).__name__, "error": error, "saved": saved_digest(out / name / FORK)}
+    return record
+
+
+OFFLOAD: Record = {"offload_optimizer": {"device": "cpu"}}
+LAYOUTS: dict[str, tuple[int, Record, Record]] = {
+    "float32 gradients": (1, {}, {"data_types": {"grad_accum_dtype": "fp32"}}),
+    "another order": (2, {"round_robin_gradients": True}, {}),
+    "aligned": (2, {"parameter_alignment": True}, {}),
+    "offloaded 2": (2, OFFLOAD, {"zero_force_ds_cpu_optimizer": False}),
+    "offloaded 3": (3, OFFLOAD, {"zero_force_ds_cpu_optimizer": False}),
+    "many groups": (3, {"sub_group_size": 70}, {}),
+}
+
+
+def layout_of(name: str) -> Any:
+    """Return an engine of a model with a frozen parameter."""
+    stage, zero, settings = LAYOUTS[name]
+    model = TinyModel()
+    model.first.bias.requires_grad_(False)
+    return engine_of(config(stage, "bf16") | {"zero_optimization": {"stage": stage, **zero}} | settings, model=model)
+
+
+def pipeline(out: Path) -> Record:
+    """Two pipeline stages, one rank each: what the other has is not this one's replica."""
+
+    def engine() -> Any:
+        torch.manual_seed(3)
+        layers = [LayerSpec(torch.nn.Linear, WIDTH, WIDTH) for _ in range(4)]
+        model = PipelineModule(layers, num_stages=2, loss_fn=lambda outputs, labels: (outputs - labels).square().mean())
+        parameters = list(model.parameters())
+        return deepspeed.initialize(model=model, model_parameters=parameters, config=config(0))[0]
+
+    run = engine()
+    for _ in range(STEP):
+        run.train_batch(iter([(torch.ones(2, WIDTH), torch.zeros(2, WIDTH))]))
+    run.save_checkpoint(out / "pipeline")
+    error = refused(partial(engine().load_checkpoint, out / "pipeline"))
+    return {"error": error, "saved": saved_digest(out / "pipeline" / FORK)}
+
+
 def save(out: Path) -> Record:
     """Save on all stages, and load what has been damaged since."""
-    record: Record = {}
+    record: Record = {"layouts": layouts(out)}
     for stage in DTYPES:
         run = engine(stage)
         updates(run, STEP)
@@ -123,7 +174,7 @@ def save(out: Path) -> Record:
         record[f"reset{stage}"] = reset_moments(out, stage)
     rounded = config(1, "bf16") | {"zero_optimization": {"stage": 1, "load_from_fp32_weights": False}}
     record["rounded"] = refused(partial(engine_of(rounded).load_checkpoint, out / "stage1"))
-    return record
+    return record | {"pipeline": pipeline(out)}  # the last: DeepSpeed keeps its topology for whatever comes then
 
 
 def load(out: Path) -> Record:
@@ -143,6 +194,7 @@ def load(out: Path) -> Record:
         run = engine(stage)
         record[f"error{stage}"] = refused(partial(run.load_checkpoint, out / f"stage{stage}"))
         record[f"loaded{stage}"] = digest_of(run)
+    record["wrong order"] = refused(partial(layout_of("another order").load_checkpoint, out / "another order"))
     universal._convert = wrong
     record["wrong"] = refused(partial(engine(3).load_checkpoint, out / "stage3"))
     return record

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -72,6 +73,22 @@ def digests_of(parts: Iterable[tuple[str, str, Tensor, int]]) -> Digests:
     for stream, name, values, first_element in parts:
         digest.add(stream, name, values, first_element)
     return _from_dict(digest.to_dict())
+
+
+def part_of(offset: int, numel: int, begin: int, size: int) -> tuple[int, int, int]:
+    """Return which elements of a parameter a rank's partition of a flat group has, if the last number is above 0.
+
+    Args:
+        offset: where the parameter begins in the flat group.
+        numel: its elements.
+        begin: where the partition begins in the flat group.
+        size: the partition's elements.
+
+    Returns:
+        The first of the elements in the parameter, its place in the partition, and how many there are.
+    """
+    first = max(0, begin - offset)
+    return first, offset + first - begin, min(numel, begin + size - offset) - first
 
 
 def _from_dict(streams: Mapping[str, Mapping[str, Any]]) -> Digests:
@@ -162,20 +179,41 @@ def _pieces(engine: Any) -> Iterator[Piece]:
 
 def _zero_1_and_2(engine: Any) -> Iterator[Piece]:
     optimizer = engine.optimizer
-    yield from _fragments(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups)
+    # Not DeepSpeed's own map from parameters to partitions, which is wrong with round_robin_gradients.
+    groups = optimizer.round_robin_bit16_groups
+    offsets = getattr(optimizer, "round_robin_bit16_offsets", None)  # from DeepSpeed 0.19 on: they may be aligned
+    yield from _flat_partitions(engine, groups, offsets, optimizer.single_partition_of_fp32_groups)
 
 
 def _bf16(engine: Any) -> Iterator[Piece]:
-    yield from _fragments(engine.optimizer.bf16_groups, engine.optimizer.fp32_groups_flat_partition)
+    optimizer = engine.optimizer
+    if optimizer.using_real_optimizer:
+        yield from _flat_partitions(engine, optimizer.bf16_groups, None, optimizer.fp32_groups_flat_partition)
 
 
-def _fragments(groups: list[list[Any]], masters: list[Tensor]) -> Iterator[Piece]:
-    """Yield what this rank's part of each flat group has of its parameters, without the padding between and behind."""
-    for group, master in zip(groups, masters, strict=True):
-        for parameter in group:
-            if (mapping := parameter._hp_mapping) is not None:
-                place = mapping.hp_fragment_address
-                yield Piece(parameter, mapping.lp_fragment_address.start, master, place.start, place.numel)
+def _flat_partitions(
+    engine: Any, groups: list[list[Any]], offsets: list[list[int]] | None, masters: list[Tensor]
+) -> Iterator[Piece]:
+    """Yield what this rank's part of each flat group has of its parameters, without the padding between and behind.
+
+    Raises:
+        NotUnderstood: a group is cut among fewer ranks than there are.
+    """
+    for index, (group, master, process_group) in enumerate(
+        zip(groups, masters, engine.optimizer.real_dp_process_group, strict=True)
+    ):
+        _require_all_ranks(engine, process_group)
+        begin = dist.get_rank(process_group) * master.numel()
+        places = accumulate((p.numel() for p in group), initial=0) if offsets is None else offsets[index]
+        for parameter, offset in zip(group, places, strict=False):
+            first, start, numel = part_of(offset, parameter.numel(), begin, master.numel())
+            if numel > 0:
+                yield Piece(parameter, first, master, start, numel)
+
+
+def _require_all_ranks(engine: Any, process_group: Any) -> None:
+    if dist.get_world_size(process_group) != engine.seq_dp_world_size:
+        raise NotUnderstood("parameters are cut among a part of the ranks")
 
 
 def _zero_3(engine: Any) -> Iterator[Piece]:
@@ -193,8 +231,7 @@ def _zero_3(engine: Any) -> Iterator[Piece]:
         start = 0
         for parameter in group:
             process_group, size = parameter.ds_process_group, parameter.partition_numel()
-            if dist.get_world_size(process_group) != engine.seq_dp_world_size:
-                raise NotUnderstood("parameters are cut among a part of the ranks")
+            _require_all_ranks(engine, process_group)
             first = dist.get_rank(process_group) * size
             numel = min(size, parameter.ds_numel - first)
             if numel > 0:
@@ -219,7 +256,8 @@ def _master_copies(optimizer: Any) -> Iterator[Piece]:
 def _plain(optimizer: Any) -> Iterator[Piece]:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            yield Piece(parameter, 0, parameter, 0, parameter.numel())
+            if parameter.requires_grad:  # as DeepSpeed's optimizers have it, which keep no frozen ones
+                yield Piece(parameter, 0, parameter, 0, parameter.numel())
 
 
 _CUT: dict[str, Callable[[Any], Iterator[Piece]]] = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pathswitch.checkpoint import Manifest
 from pathswitch.errors import CheckpointError
-from pathswitch.integrations.state_digest import STATES, WEIGHTS, Digests, digests_of
+from pathswitch.integrations.state_digest import STATES, WEIGHTS, Digests, digests_of, part_of
 
 SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_(optim|model)_states\.pt$")
 Part = tuple[str, str, Tensor, int]
@@ -44,19 +44,20 @@ def digest_of_files(folder: Path, manifest: Manifest) -> Digests:
 
 
 def _zero_1_and_2(folder: Path, manifest: Manifest) -> Iterator[Part]:
-    """Yield the parts of each rank's flat partitions; the ranks have a parameter's parts one after the other."""
-    seen: dict[tuple[int, str], int] = {}
-    for path in _shards(folder, manifest, "optim"):
+    """Yield the parts of each rank: of every flat group an equally long one, wherever parameters begin and end."""
+    groups = _load(folder / "mp_rank_00_model_states.pt")["param_shapes"]
+    for rank, path in enumerate(_shards(folder, manifest, "optim")):
         state = _load(path)["optimizer_state_dict"]
-        base = state["base_optimizer_state"]
-        for group, places in enumerate(state["param_slice_mappings"]):
+        base, gaps = state["base_optimizer_state"], state.get("param_alignment_paddings")
+        for group, weights in enumerate(state["single_partition_of_fp32_groups"]):
             moments = base["state"][group] if isinstance(base, Mapping) else base[group]
-            streams = _streams(state["single_partition_of_fp32_groups"][group], moments)
-            for name, place in places.items():
-                first = seen.get((group, name), 0)
-                seen[group, name] = first + place.numel
-                for stream, values in streams.items():
-                    yield stream, name, values[place.start : place.start + place.numel], first
+            # DeepSpeed's ZeRO optimizer saves the weights without the padding behind them, its BF16_Optimizer with it.
+            size = weights.numel() + (state["group_paddings"][group] if "zero_stage" in state else 0)
+            shapes, offset = groups[group], 0
+            for (name, shape), gap in zip(shapes.items(), gaps[group] if gaps else [0] * len(shapes), strict=True):
+                first, start, numel = part_of(offset, shape.numel(), rank * size, size)
+                yield from _parts(name, _streams(weights, moments), start, numel, first)
+                offset += shape.numel() + gap
 
 
 def _zero_3(folder: Path, manifest: Manifest) -> Iterator[Part]:
@@ -70,10 +71,14 @@ def _zero_3(folder: Path, manifest: Manifest) -> Iterator[Part]:
             streams, start = _streams(state["fp32_flat_groups"][group], moments), 0
             for name, shape in shapes.items():
                 size = math.ceil(shape.numel() / len(shards))
-                numel = max(0, min(size, shape.numel() - rank * size))
-                for stream, values in streams.items():
-                    yield stream, name, values[start : start + numel], rank * size
+                yield from _parts(name, streams, start, min(size, shape.numel() - rank * size), rank * size)
                 start += size
+
+
+def _parts(name: str, streams: dict[str, Tensor], start: int, numel: int, first_element: int) -> Iterator[Part]:
+    if numel > 0:
+        for stream, values in streams.items():
+            yield stream, name, values[start : start + numel], first_element
 
 
 def _streams(weights: Tensor, moments: Mapping[str, Any]) -> dict[str, Tensor]:
