@@ -11,14 +11,17 @@ import typer
 from rich.console import Console
 
 from pathswitch import __version__
+from pathswitch.cli.plan import plan_json, step_range
 from pathswitch.cli.prepare import prepare_run
 from pathswitch.config import PlanFile, build_plan, load_plan_file
 from pathswitch.errors import ConfigError, PathSwitchError, choices
-from pathswitch.versions import MAIN, PARADIGMS, Paradigm, Plan
+from pathswitch.versions import MAIN, PARADIGMS, Paradigm
 
 app = typer.Typer(
     rich_markup_mode="markdown", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
+kernels = typer.Typer(no_args_is_help=True, help="Compile the fused kernels, and show what is compiled.")
+app.add_typer(kernels, name="kernels")
 console = Console()
 
 PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN.toml", help="The plan file.")]
@@ -79,41 +82,6 @@ def plan(
         console.print(plan_table(resolved, plan_file.tokens_per_step))
 
 
-def plan_json(resolved: Plan, tokens_per_step: int | None) -> dict[str, Any]:
-    """Return the plan as JSON values: ``versions``, ``paths`` and ``cost``."""
-
-    def tokens(steps: int) -> int | None:
-        return None if tokens_per_step is None else steps * tokens_per_step
-
-    versions = [
-        {
-            "name": version.name,
-            "steps": version.steps,
-            "fork_step": fork_step,
-            "decay_steps": version.decay_steps,
-            "end_step": end_step,
-            "tokens": tokens(version.steps),
-            "branch_tokens": tokens(version.decay_steps),
-            "shape": version.shape.name,
-            "final_lr": version.final_lr,
-        }
-        for version, fork_step, end_step in zip(resolved.versions, resolved.fork_steps, resolved.end_steps, strict=True)
-    ]
-    paths = [
-        {"name": path.name, "start_step": path.start_step, "end_step": path.end_step, "steps": path.steps}
-        for path in resolved.paths("path_switching")
-    ]
-    cost = resolved.cost
-    steps = {
-        "ptfs_steps": cost.ptfs_steps,
-        "cpt_steps": cost.cpt_steps,
-        "wsd_s_steps": cost.wsd_s_steps,
-        "path_switching_steps": cost.path_switching_steps,
-    }
-    in_tokens = {key.replace("_steps", "_tokens"): tokens(value) for key, value in steps.items()}
-    return {"versions": versions, "paths": paths, "cost": {**steps, **in_tokens, "ratio_to_ptfs": cost.ratio_to_ptfs}}
-
-
 @app.command()
 def lr(
     plan_path: PlanArgument,
@@ -123,24 +91,10 @@ def lr(
 ) -> None:
     """Print step,lr for every update, with full precision."""
     training_path = build_plan(load_plan_file(plan_path)).path(path, _paradigm(paradigm))
-    first, end = _step_range(steps, training_path.start_step, training_path.end_step)
+    first, end = step_range(steps, training_path.start_step, training_path.end_step)
     print("step,lr")
     for step in range(first, end):
         print(f"{step},{training_path.lr(step)!r}")
-
-
-def _step_range(text: str | None, first: int, end: int) -> tuple[int, int]:
-    if text is None:
-        return first, end
-    a, colon, b = text.partition(":")
-    if not colon or not (a or "0").isdecimal() or not (b or "0").isdecimal():
-        raise ConfigError(
-            "--steps", given=text, allowed="A:B with whole numbers A <= B; the path's own bounds if left out"
-        )
-    bounds = int(a) if a else first, int(b) if b else end
-    if bounds[0] > bounds[1]:
-        raise ConfigError("--steps", given=text, allowed="A:B with A <= B")
-    return bounds
 
 
 @app.command()
@@ -398,3 +352,24 @@ def report(
 
     page = write_report(runs, out or runs[0] / "report.html")
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+@kernels.command("build")
+def build_kernels(
+    cpu: Annotated[bool, typer.Option("--cpu", help="For the CPU alone.")] = False,
+    cuda: Annotated[bool, typer.Option("--cuda", help="For CUDA alone.")] = False,
+    isa: Annotated[str | None, typer.Option(metavar="avx512|avx2|portable", help="The best here if absent.")] = None,
+    arch: Annotated[str | None, typer.Option(metavar="sm_90", help="One CUDA architecture; all if absent.")] = None,
+) -> None:
+    """Compile the kernels that are not there yet, before a job has to."""
+    from pathswitch.cli.kernels import build
+
+    build(cpu=cpu, cuda=cuda, isa=isa, arch=arch, console=console)
+
+
+@kernels.command("status")
+def kernels_status(as_json: JsonOption = False) -> None:
+    """Show what is compiled, what there is to compile with, and what a run on this machine would use."""
+    from pathswitch.cli.kernels import show_status
+
+    show_status(as_json=as_json, console=console)

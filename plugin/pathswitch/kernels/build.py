@@ -141,12 +141,11 @@ def device_image(architecture: str) -> Path:
         ConfigError: this is no compute capability.
         KernelError: there is neither nvcc nor NVRTC, or it failed.
     """
-    own = cuda_name((architecture,))
-    covered = int(architecture) >= int(ARCHITECTURES[0])  # the image has PTX for those that come after the last
-    for name in (cuda_name(), own) if covered else (own,):
+    names = device_names(architecture)
+    for name in names:
         if (path := find_cached(name)) is not None:
             return path
-    if covered and nvccs():
+    if len(names) > 1 and nvccs():
         try:
             return cuda_image()
         except KernelError as error:
@@ -156,12 +155,19 @@ def device_image(architecture: str) -> Path:
     return cuda_image((architecture,))
 
 
+def device_names(architecture: str) -> list[str]:
+    """Return the names of the files that a device can use: its own, and the one of all architectures if it can."""
+    own = cuda_name((architecture,))
+    # That one has PTX for those that come after the last.
+    return [cuda_name(), own] if int(architecture) >= int(ARCHITECTURES[0]) else [own]
+
+
 def find_cached(name: str) -> Path | None:
     """Return the compiled file of this name, if it is there and has not been damaged."""
-    if _is_whole(cache_folder() / name):
+    if is_whole(cache_folder() / name):
         return cache_folder() / name
     spare = spare_folder()
-    return spare / name if _is_ours(spare) and _is_whole(spare / name) else None
+    return spare / name if _is_ours(spare) and is_whole(spare / name) else None
 
 
 def _try_each(compilers: list[Compiler], compile_with: Callable[[Compiler], None], none_found: str) -> None:
@@ -213,7 +219,7 @@ def _build_into(target: Path, build: Callable[[Path], None]) -> None:
         temp.unlink(missing_ok=True)
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     """Return whether the file is there and has not been damaged since it was built."""
     try:
         return _file_digest(path).encode() == _digest_file(path).read_bytes()
