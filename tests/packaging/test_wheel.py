@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from importlib.metadata import distribution
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "plugin" / "pathswitch" / "kernels" / "csrc"
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +51,35 @@ def test_the_wheel_holds_both_packages_and_their_data(wheel: Path) -> None:
         "pathswitch/py.typed",
         "pathswitch/report/templates/report.html.j2",
         "pathswitch_megatron/__init__.py",
+        *(f"pathswitch/kernels/csrc/{file.name}" for file in CSRC.iterdir()),
     ):
         assert expected in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"pathswitch", "pathswitch_megatron"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_source_archive_holds_the_kernels_sources(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True, timeout=120)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as content:
+        names = {name.partition("/")[2] for name in content.getnames()}
+    sources = {str(file.relative_to(ROOT)) for file in CSRC.iterdir()}
+    assert len(sources) >= 4
+    assert sources <= names
+
+
+def test_the_installed_wheel_compiles_its_kernels(python: Path, tmp_path: Path) -> None:
+    code = f"""
+import ctypes, os
+os.environ["PATHSWITCH_KERNELS"] = {str(tmp_path)!r}
+from pathswitch.kernels.build import cpu_library
+library = cpu_library("portable")
+print(library, ctypes.CDLL(str(library)).ps_adamw.__name__)
+"""
+    library, function = run(python, code).split()
+    assert Path(library).parent == tmp_path
+    assert function == "ps_adamw"
 
 
 def test_the_installed_wheel_registers_the_scheduler_with_torch(python: Path) -> None:
