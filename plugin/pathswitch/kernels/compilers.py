@@ -8,9 +8,9 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sysconfig
 from ctypes import byref, c_char_p, c_size_t, c_void_p
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from pathswitch.errors import KernelError
@@ -77,8 +77,8 @@ def cpp_compilers() -> list[Compiler]:
 def nvccs() -> list[Compiler]:
     """Return the nvcc of $CUDA_HOME, of PATH, and of the package nvidia-cuda-nvcc in this environment, each once."""
     home = os.environ.get("CUDA_HOME")
-    packaged = sorted(_site_packages().glob("nvidia/cu*/bin/nvcc"), reverse=True)
-    return _present([[name] for name in (f"{home}/bin/nvcc" if home else "", "nvcc", *map(str, packaged)) if name])
+    packaged = _nvidia_files("cu*/bin/nvcc")
+    return _present([[name] for name in (f"{home}/bin/nvcc" if home else "", "nvcc", *packaged) if name])
 
 
 def _present(commands: list[list[str]]) -> list[Compiler]:
@@ -101,12 +101,11 @@ def nvcc_architectures(compiler: Compiler) -> set[str]:
 
 
 def nvrtc() -> Compiler | None:
-    """Return NVRTC, the compiler as a library, of the package nvidia-cuda-nvrtc or of the system."""
-    folder = _site_packages() / "nvidia"
-    packaged = sorted(
-        [*folder.glob("cu*/lib/libnvrtc.so.*"), *folder.glob("cuda_nvrtc/lib/libnvrtc.so.*")], reverse=True
-    )
-    for candidate in (*map(str, packaged), "libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"):
+    """Return NVRTC, the compiler as a library, of the package nvidia-cuda-nvrtc, of $CUDA_HOME or of the system."""
+    home = os.environ.get("CUDA_HOME")
+    packaged = _nvidia_files("cu*/lib/libnvrtc.so.*")  # cu13; cuda_nvrtc in CUDA 12
+    toolkit = [f"{home}/lib64/libnvrtc.so"] if home else []
+    for candidate in (*packaged, *toolkit, "libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"):
         try:
             library = ctypes.CDLL(candidate)
         except OSError:
@@ -209,5 +208,8 @@ def _version(command: list[str]) -> str:
     return (lines[-1] if "nvcc" in Path(command[0]).name else lines[0]) if lines else "unknown"
 
 
-def _site_packages() -> Path:
-    return Path(sysconfig.get_path("purelib"))
+def _nvidia_files(pattern: str) -> list[str]:
+    """Return files of NVIDIA's Python packages, which torch with CUDA brings along; the highest version first."""
+    spec = find_spec("nvidia")
+    roots = (spec.submodule_search_locations or ()) if spec is not None else ()
+    return sorted((str(file) for root in roots for file in Path(root).glob(pattern)), reverse=True)
