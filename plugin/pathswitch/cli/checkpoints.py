@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import sys
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,8 @@ def _with_state(result: Verified) -> Verified:
     from pathswitch.integrations.state_files import digest_of_files
 
     try:
-        found = digest_of_files(result.folder, manifest)
+        with redirect_stdout(sys.stderr):  # unpickling imports DeepSpeed, which has something to say
+            found = digest_of_files(result.folder, manifest)
     except CheckpointError as error:
         return replace(result, state=str(error).removeprefix(f"{result.folder}: "))
     different = differences(manifest.state_digest, found)
