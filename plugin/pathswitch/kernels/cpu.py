@@ -10,6 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from pathswitch.errors import KernelError
 from pathswitch.kernels.build import best_isa, cpu_library
 from pathswitch.kernels.layouts import (
     NORM_TILE,
@@ -36,7 +37,11 @@ class CpuKernels:
         Raises:
             KernelError: there is no compiler, or it failed.
         """
-        library = ctypes.CDLL(str(cpu_library(best_isa() if isa is None else isa)))
+        path = cpu_library(best_isa() if isa is None else isa)
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise KernelError(f"{path} cannot be loaded: {error}; remove it, and it is compiled here") from None
         self._prepare, self._adamw, self._norm = library.ps_prepare, library.ps_adamw, library.ps_norm
         self._sum_tiles, self._digest = library.ps_sum_tiles, library.ps_digest
         self._prepare.argtypes = [c_void_p, c_int64, *[c_void_p] * 6]

@@ -1,6 +1,6 @@
 """The CUDA backend: which kernels a call launches, and their launch through the CUDA driver.
 
-The driver's own interface needs neither the CUDA runtime nor a compiled extension: one image serves every version of torch
+The driver's own interface needs neither the CUDA runtime nor a compiled extension: one image serves every torch
 and Python, whether nvcc or NVRTC has made it. What is launched is a pure function of the tensors: tests give the same
 launches to a driver of their own.
 """
@@ -42,7 +42,7 @@ PREPARE_THREADS = 32
 MAX_GRID = 2**31 - 1
 DIGEST_BLOCKS = 4096
 DIGEST_COLUMNS = 1024
-LOW_NAMES: dict[torch.dtype | None, str] = {None: "none", **TYPES}
+LOW_NAMES: dict[torch.dtype | None, str] = {None: "none"} | dict(TYPES.items())
 KERNELS = (
     "ps_prepare",
     *(f"ps_adamw_{g}_{low}{a}" for g in TYPES.values() for low in LOW_NAMES.values() for a in ("", "_average")),

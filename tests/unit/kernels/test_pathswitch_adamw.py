@@ -408,7 +408,7 @@ def test_refused_settings(settings: dict[str, Any], message: str) -> None:
 
 
 def test_refused_parameters_and_states() -> None:
-    with pytest.raises(ConfigError, match="torch.float64"):
+    with pytest.raises(ConfigError, match=r"torch\.float64"):
         PathSwitchAdamW([Parameter(torch.zeros(3, dtype=torch.float64))])
     with pytest.raises(ConfigError, match="without gaps"):
         PathSwitchAdamW([Parameter(torch.zeros(6)[::2])])
