@@ -64,3 +64,11 @@ def test_clipping_that_does_nothing_is_none(records: list[dict[str, Any]], kind:
     for record in records:
         bits = {clip: record[f"1_{kind}_{clip}_one_pass"]["weights"] for clip in (0.0, 0.3, 1e6)}
         assert bits[0.0] == bits[1e6] != bits[0.3]
+
+
+def test_one_pass_over_padded_and_reordered_gradients(records: list[dict[str, Any]]) -> None:
+    for record in records:
+        ours, one_pass = record["aligned_ours"], record["aligned_one_pass"]
+        assert one_pass.pop("replaced") is not ours.pop("replaced")
+        assert one_pass == ours
+        assert ours["losses"] == pytest.approx(record["2_fp32_stock"]["losses"][:5], rel=1e-5)

@@ -27,10 +27,10 @@ def pair(record: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, A
     return record[f"{name}_ours"], record[f"{name}_one_pass"]
 
 
-@pytest.mark.parametrize("stage", (1, 2))
-def test_overflows_are_skipped_and_the_loss_scale_moves(records: list[dict[str, Any]], stage: int) -> None:
+@pytest.mark.parametrize("job", ("1", "2", "2_fp32-sums"))
+def test_overflows_are_skipped_and_the_loss_scale_moves(records: list[dict[str, Any]], job: str) -> None:
     for record in records:
-        ours, one_pass = pair(record, f"overflows_{stage}")
+        ours, one_pass = pair(record, f"overflows_{job}")
         assert one_pass == ours
         scales = one_pass["scales"]
         assert one_pass["skipped"] >= 3
@@ -45,6 +45,12 @@ def test_gradients_that_are_not_finite_change_nothing(records: list[dict[str, An
         assert one_pass["unchanged"] and one_pass["overflow"] and one_pass["norm"] == float("inf")
         assert one_pass["skipped"] == ours["skipped"] == 1
         assert (one_pass["losses"], one_pass["weights"]) == (ours["losses"], ours["weights"])
+
+
+def test_in_bf16_nobody_looks_unless_asked_to(records: list[dict[str, Any]]) -> None:
+    for record in records:
+        for job in pair(record, "not_finite_unchecked"):
+            assert (job["unchanged"], job["overflow"], job["skipped"]) == (False, False, 0)
 
 
 @pytest.mark.parametrize("name", SCHEDULED)

@@ -61,10 +61,10 @@ class LargestTensors(TorchDispatchMode):
         return result
 
 
-def overflows(stage: int, optimizer: dict[str, Any]) -> dict[str, Any]:
+def overflows(stage: int, optimizer: dict[str, Any], **keys: Any) -> dict[str, Any]:
     """Train in fp16 from a scale that is too large, over updates after which the scale grows again."""
     scale = {"enabled": True, "initial_scale_power": 24, "loss_scale_window": 3, "hysteresis": 1}
-    job = engine(stage, "fp16", optimizer, gradient_clipping=0.3, fp16=scale)
+    job = engine(stage, "fp16", optimizer, gradient_clipping=0.3, fp16=scale, **keys)
     scales = []
     result: dict[str, Any] = {"losses": [], "norms": []}
     for _ in range(16):
@@ -203,6 +203,10 @@ def main() -> None:
     for name, optimizer in BOTH.items():
         for stage in (1, 2):
             record[f"overflows_{stage}_{name}"] = overflows(stage, optimizer)
+        record[f"overflows_2_fp32-sums_{name}"] = overflows(2, optimizer, **FP32_SUMS)
+        record[f"not_finite_unchecked_{name}"] = not_finite(
+            optimizer, bf16={"enabled": True, "check_grad_overflow": False}
+        )
         record[f"not_finite_checked_{name}"] = not_finite(
             optimizer, bf16={"enabled": True, "check_grad_overflow": True}
         )
