@@ -14,28 +14,21 @@ enum Type : int32_t { NONE = -1, F32 = 0, BF16 = 1, F16 = 2 };
 
 template <int TYPE>
 inline float load(const void* data, int64_t i) {
-    if (TYPE == F32) return ((const float*)data)[i];
-    const uint16_t half = ((const uint16_t*)data)[i];
-    return TYPE == BF16 ? from_bf16(half) : from_f16(half);
+    return TYPE == F32 ? ((const float*)data)[i] : from_bf16(((const uint16_t*)data)[i]);
 }
 
 template <int TYPE>
 inline void store(float value, void* data, int64_t i) {
     if (TYPE == F32) ((float*)data)[i] = value;
     if (TYPE == BF16) ((uint16_t*)data)[i] = to_bf16(value);
-    if (TYPE == F16) ((uint16_t*)data)[i] = to_f16(value);
 }
 
 template <int G, int L, bool AVERAGE>
-void update(const Shard& shard, int64_t start, int64_t end, const StepScalars s) {
-    const void* __restrict grad = shard.grad;
-    float* __restrict weight = shard.weight;
-    float* __restrict exp_avg = shard.exp_avg;
-    float* __restrict exp_avg_sq = shard.exp_avg_sq;
-    void* __restrict low = shard.low;
-    float* __restrict average = shard.average;
+void update_elements(const void* __restrict grad, float* __restrict weight, float* __restrict exp_avg,
+                     float* __restrict exp_avg_sq, void* __restrict low, float* __restrict average, int64_t n,
+                     const StepScalars& s) {
 #pragma omp simd
-    for (int64_t i = start; i < end; i++) {
+    for (int64_t i = 0; i < n; i++) {
         float w = weight[i], m = exp_avg[i], v = exp_avg_sq[i];
         adamw(load<G>(grad, i), w, m, v, s);
         weight[i] = w;
@@ -47,6 +40,27 @@ void update(const Shard& shard, int64_t start, int64_t end, const StepScalars s)
             average[i] = a;
         }
         store<L>(w, low, i);
+    }
+}
+
+constexpr int64_t type_bytes(int type) { return type == NONE ? 0 : type == F32 ? 4 : 2; }
+
+// float16 passes through float32 a little at a time, in the first cache.
+template <int G, int L, bool AVERAGE>
+void update(const Shard& shard, int64_t start, int64_t end, const StepScalars s) {
+    constexpr bool STAGED = G == F16 || L == F16;
+    constexpr int GRAD = G == F16 ? F32 : G, LOW = L == F16 ? F32 : L;
+    const int64_t step = STAGED ? 1024 : end - start;
+    float grads[STAGED ? 1024 : 1], lows[STAGED ? 1024 : 1];
+    for (int64_t i = start; i < end; i += step) {
+        const int64_t n = i + step < end ? step : end - i;
+        const void* grad = (const char*)shard.grad + i * type_bytes(G);
+        void* low = (char*)shard.low + i * type_bytes(L);
+        if (G == F16) floats_of_f16((const uint16_t*)grad, grads, (int)n);
+        update_elements<GRAD, LOW, AVERAGE>(G == F16 ? grads : grad, shard.weight + i, shard.exp_avg + i,
+                                            shard.exp_avg_sq + i, L == F16 ? lows : low,
+                                            AVERAGE ? shard.average + i : nullptr, n, s);
+        if (L == F16) f16_of_floats(lows, (uint16_t*)low, (int)n);
     }
 }
 
@@ -97,7 +111,7 @@ double norm_run(const void* data, int64_t start, int64_t end) {
         memcpy(columns, sum, sizeof columns);
     } else {
         for (int64_t i = start; i < end; i++) {
-            const double x = (double)load<TYPE>(data, i);
+            const double x = TYPE == F16 ? (double)from_f16(((const uint16_t*)data)[i]) : (double)load<TYPE>(data, i);
             double& column = columns[(i - start) % NORM_COLUMNS];
             column = column + x * x;
         }

@@ -43,6 +43,23 @@ inline Doubles doubles_of_f16(const void* x) {
 }
 #endif
 
+// Whole arrays of float16; compilers vectorise bfloat16's shifts by themselves.
+inline void floats_of_f16(const uint16_t* x, float* out, int n) {
+    int i = 0;
+#if defined(__AVX2__)
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + i))));
+#endif
+    for (; i < n; i++) out[i] = from_f16(x[i]);
+}
+inline void f16_of_floats(const float* x, uint16_t* out, int n) {
+    int i = 0;
+#if defined(__AVX2__)
+    for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128((__m128i*)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+    for (; i < n; i++) out[i] = to_f16(x[i]);
+}
+
 // Numbers of 32 bits, COUNT at a time, and the 64-bit products of those in even places.
 #if defined(__AVX512F__)
 constexpr int COUNT = 16;
