@@ -64,6 +64,21 @@ def test_accumulation_and_schedulers(records: list[dict[str, Any]], name: str) -
         assert one_pass["post_hooks"] == len(one_pass["lrs"]) == 4
 
 
+@pytest.mark.parametrize("clip", (0.0, 0.2))
+@pytest.mark.parametrize("kind", ("bf16", "fp32-sums"))
+def test_pipelines_with_a_tied_layer(records: list[dict[str, Any]], kind: str, clip: float) -> None:
+    for record in records:
+        ours, one_pass = pair(record, f"pipeline_{kind}_{clip}")
+        assert (ours["replaced"], one_pass["replaced"]) == (False, True)
+        assert one_pass["norms"] == pytest.approx(ours["norms"], rel=2**-22, abs=0)
+        assert min(one_pass["norms"]) > 0.2, "gradients must be clipped by 0.2"
+        if kind == "fp32-sums" and clip:
+            assert one_pass["losses"] == pytest.approx(ours["losses"], rel=2**-8)
+        else:
+            assert (one_pass["losses"], one_pass["weights"]) == (ours["losses"], ours["weights"])
+        assert one_pass["norms"] == records[0][f"pipeline_{kind}_{clip}_one_pass"]["norms"]
+
+
 def test_the_plans_lr_is_used(records: list[dict[str, Any]]) -> None:
     for record in records:  # init_lr 1e-5, max_lr 1e-3 and two steps of warm-up
         assert record["scheduled_1_PathSwitchLR_one_pass"]["lrs"] == [[0.000505] * 2, *[[1e-3] * 2] * 3]

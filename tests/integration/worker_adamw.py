@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from adamw_jobs import ONE_PASS, OPTIMIZERS, OURS, engine, train
+import torch
+from adamw_jobs import ONE_PASS, OPTIMIZERS, OURS, WIDTH, SplitModel, engine, train
 from deepspeed.accelerator import get_accelerator
 from harness import arguments, finish
 
@@ -17,6 +18,14 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 # Padding between parameters, in an order of their own, reduced while the backward pass goes on.
 ALIGNED = {"stage": 2, "parameter_alignment": True, "round_robin_gradients": True, "overlap_comm": True}
+
+
+class AlignedModel(SplitModel):
+    """Three layers, with padding between the biases that one rank updates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, WIDTH))
 
 
 def main() -> None:
@@ -37,8 +46,8 @@ def main() -> None:
                     job = engine(stage, kind.partition("_")[0], optimizer, gradient_clipping=clip, **keys)
                     facts = {"replaced": "step" in vars(job.optimizer), "wrapper": type(job.optimizer).__name__}
                     record[f"{stage}_{kind}_{clip}_{name}"] = train(job, 5) | facts
-    for name, optimizer in (("ours", OURS), ("one_pass", ONE_PASS)):
-        job = engine(2, "fp32", optimizer, gradient_clipping=0.3, zero_optimization=ALIGNED)
+    for name, optimizer in OPTIMIZERS.items():
+        job = engine(2, "fp32", optimizer, AlignedModel(), gradient_clipping=0.3, zero_optimization=ALIGNED)
         record[f"aligned_{name}"] = train(job, 5) | {"replaced": "step" in vars(job.optimizer)}
     finish(record, out)
 
