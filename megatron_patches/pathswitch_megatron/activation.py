@@ -10,7 +10,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from pathswitch.errors import UpstreamError
+from pathswitch.errors import ConfigError, UpstreamError
 from pathswitch_megatron import PLAN_VARIABLE
 
 
@@ -93,6 +93,13 @@ def hook_into(module: ModuleType) -> bool:
         hooks = MegatronLMHooks(job, module, _calculator, _core_version())
     else:
         hooks = MegatronDeepSpeedHooks(job, module, lambda: None)
+    if job.optimizer == "pathswitch":
+        if upstream not in (MEGATRON_LM, MEGATRON_BRIDGE):
+            allowed = "megatron: under DeepSpeed the ds_config names the optimizer, of type PathSwitchAdamW"
+            raise ConfigError("[megatron] optimizer", given=job.optimizer, allowed=allowed)
+        from pathswitch_megatron.optimizer_hooks import replace_optimizer
+
+        replace_optimizer()
     patch(upstream, hooks.replacements())
     if is_first_process():
         print(f"pathswitch: training path {job.path.name!r} of {os.environ[PLAN_VARIABLE]}", flush=True)

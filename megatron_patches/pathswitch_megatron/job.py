@@ -30,6 +30,8 @@ class Job:
     key: bytes | None
     global_batch_size: int | None
     """Samples of a step, where the plan says so."""
+    optimizer: str = "megatron"
+    """Whose Adam trains: ``megatron`` or ``pathswitch``."""
 
     @property
     def forks(self) -> dict[str, int]:
@@ -59,4 +61,4 @@ def job_from_environment() -> Job:
         raise ConfigError(where, given=error.given, allowed=error.allowed) from None
     section = plan_file.megatron
     key = section.checkpoint.signing_key(f"{given}: [megatron] checkpoint ")
-    return Job(plan, path, plan_path.parent, section.checkpoint, key, section.global_batch_size)
+    return Job(plan, path, plan_path.parent, section.checkpoint, key, section.global_batch_size, section.optimizer)

@@ -129,6 +129,8 @@ class MegatronSection(Section):
 
     global_batch_size: Count | None = None
     """Samples of one optimizer step."""
+    optimizer: Literal["megatron", "pathswitch"] = "megatron"
+    """Megatron's own Adam, or PathSwitchAdamW in its place, with the clipping fused; compiled when it is made."""
     checkpoints: str = "checkpoints"
     """Each path saves into a folder of its own name in this one, which is relative to the plan file's folder."""
     checkpoint: CheckpointSettings = CheckpointSettings()
