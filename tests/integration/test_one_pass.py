@@ -36,6 +36,7 @@ def test_overflows_are_skipped_and_the_loss_scale_moves(records: list[dict[str, 
         assert one_pass["skipped"] >= 3
         assert any(after > before for before, after in pairwise(scales)), "it must grow as well"
         assert one_pass["norms"].count(float("inf")) == one_pass["skipped"]
+        assert one_pass["timers"] == [["optimizer_allgather", "optimizer_gradients", "optimizer_step"]] * 16
 
 
 @pytest.mark.parametrize("kind", ("checked", "fp32-sums"))

@@ -45,6 +45,34 @@ class Warnings(logging.Handler):
         return messages
 
 
+class StartedTimers:
+    """Stands for DeepSpeed's timers; notes the names of those that were started and stopped."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self.running: list[str] = []
+
+    def __call__(self, name: str) -> StartedTimers:
+        """Be the timer of this name."""
+        self.name = name
+        return self
+
+    def start(self) -> None:
+        self.running.append(self.name)
+
+    def stop(self) -> None:
+        assert self.running.pop() == self.name
+        self.names.add(self.name)
+
+    def log(self, names: list[str]) -> None:
+        assert set(names) == self.names
+
+    def taken(self) -> list[str]:
+        """Return the names since the last call."""
+        names, self.names = sorted(self.names), set()
+        return names
+
+
 class LargestTensors(TorchDispatchMode):
     """Notes the number of elements of the largest new tensor of each type."""
 
@@ -67,13 +95,15 @@ def overflows(stage: int, optimizer: dict[str, Any], **keys: Any) -> dict[str, A
     """Train in fp16 from a scale that is too large, over updates after which the scale grows again."""
     scale = {"enabled": True, "initial_scale_power": 24, "loss_scale_window": 3, "hysteresis": 1}
     job = engine(stage, "fp16", optimizer, gradient_clipping=0.3, fp16=scale, **keys)
+    job.optimizer.timers, started = StartedTimers(), []
     scales = []
     result: dict[str, Any] = {"losses": [], "norms": []}
     for _ in range(16):
         one = train(job, 1)
         scales.append(job.optimizer.loss_scale)
+        started.append(job.optimizer.timers.taken())
         result = one | {key: result[key] + one[key] for key in ("losses", "norms")}
-    return result | {"scales": scales}
+    return result | {"scales": scales, "micro_step": job.optimizer.micro_step_id, "timers": started}
 
 
 def not_finite(optimizer: dict[str, Any], **keys: Any) -> dict[str, Any]:

@@ -206,7 +206,7 @@ class ZeroStep(OnePassStep):
             and (utils.is_model_parallel_parameter(parameter) or zero.model_parallel_rank == 0)
         ]
         own = self.optimizer.sum_of_squares([piece for piece, _ in counted]).sqrt()
-        norm: Tensor = zero.get_grad_norm_direct([own] if counted else [], [parameter for _, parameter in counted[:1]])
+        norm: Tensor = zero.get_grad_norm_direct([own], [parameter for _, parameter in counted[:1]])
         return norm
 
     def weights(self) -> list[Tensor]:
