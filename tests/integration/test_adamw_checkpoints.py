@@ -8,6 +8,7 @@ from typing import Any
 
 import ds_ranks
 import pytest
+from same_steps import assert_same_steps
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +57,7 @@ def test_a_forks_policy(records: Records) -> None:
         for job in (stock, ours, one_pass):
             assert (job["moments"], job["steps"], job["steps_then"]) == (0, [0, 0], [3, 3])
             assert job["losses"] == pytest.approx(stock["losses"], rel=1e-5)
-        assert one_pass == ours
+        assert_same_steps(one_pass, ours, is_clipped=True)
         assert ours["means_kept"] and ours["means"] == 2
 
 

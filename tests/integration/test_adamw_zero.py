@@ -7,6 +7,7 @@ from typing import Any
 
 import ds_ranks
 import pytest
+from same_steps import assert_same_steps
 
 pytestmark = pytest.mark.slow
 
@@ -44,19 +45,13 @@ CASES += [(1, kind, clip) for kind in ("fp32", "bf16") for clip in (0.0, 1e6)]
 def test_one_pass_gives_the_bits_of_deepspeeds_step(
     records: list[dict[str, Any]], stage: int, kind: str, clip: float
 ) -> None:
-    """The norm is rounded to float32 once, from a sum in float64, as upstream's; both may differ by less than that."""
     for record in records:
         ours, one_pass = (record[f"{stage}_{kind}_{clip}_{name}"] for name in ("ours", "one_pass"))
         assert (ours["replaced"], one_pass["replaced"]) == (False, True)
         in_bf16_optimizer = stage == 1 and kind == "bf16_fp32-sums"
         assert one_pass["wrapper"] == ("BF16_Optimizer" if in_bf16_optimizer else "DeepSpeedZeroOptimizer")
-        assert one_pass["norms"] == pytest.approx(ours["norms"], rel=2**-22, abs=0)
         assert min(one_pass["norms"]) > 0.3, "gradients must be clipped by 0.3"
-        if in_bf16_optimizer and clip == 0.3:  # BF16_Optimizer sums squares in float32: the coefficient may be another
-            assert one_pass["losses"] == pytest.approx(ours["losses"], rel=2**-8)
-        else:
-            assert one_pass["losses"] == ours["losses"]
-            assert one_pass["weights"] == ours["weights"], "of the weights in both precisions, and of the moments"
+        assert_same_steps(one_pass, ours, is_clipped=clip == 0.3)
 
 
 @pytest.mark.parametrize("kind", ("fp32", "bf16"))
@@ -70,5 +65,5 @@ def test_one_pass_over_padded_and_reordered_gradients(records: list[dict[str, An
     for record in records:
         stock, ours, one_pass = (record[f"aligned_{name}"] for name in ("stock", "ours", "one_pass"))
         assert (ours["replaced"], one_pass["replaced"]) == (False, True)
-        assert one_pass == ours | {"replaced": True}
+        assert_same_steps(one_pass, ours, is_clipped=True)
         assert ours["losses"] == pytest.approx(stock["losses"], rel=1e-5)
