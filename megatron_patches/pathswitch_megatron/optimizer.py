@@ -18,6 +18,7 @@ from pathswitch.kernels.ops import OperatorKernels, backend
 from pathswitch.kernels.optimizer import PathSwitchAdamW, ShardUpdate, _Request
 
 MASTER = "master_param"
+NAMES = ("exp_avg", "exp_avg_sq", MASTER)
 WHERE = "Megatron with [megatron] optimizer = 'pathswitch'"
 _instances: WeakSet[FusedAdam] = WeakSet()
 
@@ -156,11 +157,13 @@ class FusedAdam(PathSwitchAdamW):
         return tensor
 
     def set_scaled_state(self, param: Tensor, state_name: str, unscaled_state: Tensor) -> None:
-        """Write a state's tensor.
+        """Write a state's tensor; what is none of this optimizer's states is left out.
 
         Raises:
             CheckpointError: it is not float32: nothing here could tell what it means.
         """
+        if state_name not in NAMES:  # Megatron hands over everything of a bucket's, ``padding`` too
+            return
         if unscaled_state.dtype != torch.float32:
             raise CheckpointError(f"{state_name} of {unscaled_state.dtype}: {WHERE} takes float32 states alone")
         state = self.state[param]
@@ -193,7 +196,8 @@ class FusedAdam(PathSwitchAdamW):
         for group in self.param_groups:
             states = [self.state[p] for p in group["params"] if p in self.state]
             steps = [int(state.pop("step")) for state in states if "step" in state]
-            if (step := group.get("step", max(steps, default=None))) is not None:
+            # torch's AdamW keeps a group's step as it was loaded, and counts in the state.
+            if (step := max(steps, default=group.get("step"))) is not None:
                 group["step"] = int(step)
         self._steps.clear()
         self._clip = None
