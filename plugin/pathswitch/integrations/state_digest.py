@@ -18,9 +18,9 @@ from pathswitch.integrations.collective import gather
 
 logger = logging.getLogger("pathswitch")
 
-WEIGHTS = "weights"
+WEIGHTS, AVERAGE = "weights", "average"
 # Of AdamW, AMSGrad, momentum and PathSwitchAdamW. Others may well differ from rank to rank, or start anew with a load.
-STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "average")
+STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", AVERAGE)
 
 Digests = dict[str, StreamDigest]
 
