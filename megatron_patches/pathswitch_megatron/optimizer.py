@@ -100,6 +100,7 @@ class FusedAdam(PathSwitchAdamW):
         self.master_weights, self.use_decoupled_grad = master_weights, use_decoupled_grad
         self._steps: dict[int, tuple[Tensor, int]] = {}
         self._counted: dict[int, int] = {}
+        self._has_loaded = False
         self._clip: Tensor | None = None
         _instances.add(self)
 
@@ -170,6 +171,7 @@ class FusedAdam(PathSwitchAdamW):
         if state_name not in state:
             state[state_name] = torch.empty_like(param, dtype=torch.float32, memory_format=torch.preserve_format)
         state[state_name].copy_(unscaled_state)
+        self._has_loaded = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state; see ``step_in_state``."""
@@ -221,6 +223,9 @@ class FusedAdam(PathSwitchAdamW):
             raise ConfigError(f"{WHERE}: one_pass", given="sums_of_squares or found_inf", allowed="none: Megatron asks")
         if not self._parameters():
             return
+        if self._has_loaded:
+            self._check_masters()
+            self._has_loaded = False
         self._counted = {id(p): int(group.get("step") or 0) for group in self.param_groups for p in group["params"]}
         super()._update(request)
         for group in self.param_groups:
@@ -246,6 +251,16 @@ class FusedAdam(PathSwitchAdamW):
             tensors = self._piece(update, tensors)
         weight, exp_avg, exp_avg_sq, _ = tensors
         return ShardTensors(update.grad, weight, exp_avg, exp_avg_sq, update.low, None, row)
+
+    def _check_masters(self) -> None:
+        """Refuse what a loader has made of 16-bit remainders: it turns them into float32 without a word."""
+        for p in self._parameters():
+            master = self.state.get(p, {}).get(MASTER)
+            if master is not None and not torch.equal(master.to(p.dtype), p):
+                raise CheckpointError(
+                    f"{MASTER} does not round to the model's weights. Transformer Engine's store_param_remainders "
+                    f"saves 16 bits of it alone: {WHERE} takes whole float32 master weights"
+                )
 
     def _updates_done(self) -> int:
         return max((int(group.get("step") or 0) for group in self.param_groups), default=0)

@@ -14,6 +14,7 @@ import torch
 
 from pathswitch.config import build_plan, load_plan_file
 from pathswitch.errors import CheckpointError, ConfigError, UpstreamError
+from pathswitch_megatron.activation import hook_into
 from pathswitch_megatron.job import job_from_environment
 from pathswitch_megatron.optimizer import FusedAdam, owner_of
 from pathswitch_megatron.optimizer_hooks import replace_optimizer
@@ -69,7 +70,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
     """What all ranks say of each (kind, job)."""
     folder = tmp_path_factory.mktemp("optimizer")
     (folder / "plan.toml").write_text(PLAN)
-    jobs = {}
+    jobs: dict[tuple[str, str], dict[str, Any]] = {}
     for kind in KINDS:
         for name in names_of(kind):
             job = JOBS[name]
@@ -77,6 +78,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
             jobs[kind, name] = {"kind": kind, "until": END, **job, **folders}
     for name, (settings, _) in REFUSED.items():
         jobs["refused", name] = {"kind": "fp32", "until": END, **settings}
+    precise = {"kind": "precision_aware", "until": 2}
+    jobs["remainders", "saved"] = {**precise, "remainders": True, "save": "remainders", "save_at": 1}
+    jobs["remainders", "loaded"] = {**precise, "load": "remainders"}
     (folder / "jobs.json").write_text(json.dumps(list(jobs.values())))
     result = core_ranks.run(
         "worker_core_optimizer.py", "jobs.json", folder=folder, ranks=2, extra={"PATHSWITCH_PLAN": "plan.toml"}
@@ -159,6 +163,12 @@ def test_checkpoints_go_from_stock_to_ours_and_back(outcomes: Any, kind: str) ->
     if kind != "distributed":
         assert losses(outcomes[kind, "stock from ours"][0]) == pytest.approx(stock[SAVE_AT:], rel=BOUNDS[kind])
         assert losses(outcomes[kind, "ours from back"][0]) == pytest.approx(stock[8:], rel=BOUNDS[kind])
+
+
+@pytest.mark.slow
+def test_remainders_in_a_checkpoint_are_refused_before_the_first_update(outcomes: Any) -> None:
+    for rank in outcomes["remainders", "loaded"]:
+        assert rank["error"].startswith("CheckpointError: master_param does not round to the model's weights")
 
 
 @pytest.mark.slow
@@ -278,3 +288,12 @@ def test_the_plan_says_which(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     (tmp_path / "plan.toml").write_text(PLAN.replace('"pathswitch"', '"adam"'))
     with pytest.raises(ConfigError, match="optimizer"):
         job_from_environment()
+
+
+def test_under_deepspeed_the_ds_config_names_the_optimizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATHSWITCH_PLAN", str(tmp_path))
+    (tmp_path / "plan.toml").write_text(PLAN)
+    with pytest.raises(
+        ConfigError, match=r"\[megatron\] optimizer: given 'pathswitch'; allowed: megatron: .*ds_config"
+    ):
+        hook_into(ModuleType("megatron.training"))

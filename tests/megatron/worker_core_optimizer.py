@@ -111,6 +111,11 @@ class Training:
         )
         plan = job_from_environment()
         follow_plan(self.scheduler, plan.plan, plan.path, constant_batches(BATCH))
+        if job.get("remainders"):
+            get = self.inner.get_unscaled_state
+            self.inner.get_unscaled_state = lambda p, name: (
+                get(p, name).view(torch.int32).to(torch.int16) if name == "master_param" else get(p, name)
+            )
         self.metadata = {"distrib_optim_sharding_type": job.get("sharding", "dp_reshardable")}
 
     @property
@@ -184,7 +189,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         digests["loaded"] = training.digest()
     steps = []
     while training.scheduler.last_epoch < job["until"]:
-        steps.append(training.step())
+        try:
+            steps.append(training.step())
+        except PathSwitchError as error:
+            return {"error": f"{type(error).__name__}: {error}"}
         if training.scheduler.last_epoch == job.get("save_at"):
             training.save(Path(job["save"]))
             digests["saved"] = training.digest()
