@@ -35,6 +35,23 @@ __device__ __forceinline__ void store(float x, f16& out) { out.bits = to_f16(x);
 #endif
 __device__ __forceinline__ void store(float, none&) {}
 
+// In one instruction: of an assignment of equal elements the compiler makes one store per element, together with those
+// that it finds in the branch beside it.
+template <class T>
+__device__ __forceinline__ void store_vector(const Pack<T, 4>& from, T* to) {
+    uint64_t word;
+    memcpy(&word, &from, sizeof(word));
+    *(uint64_t*)to = word;
+}
+__device__ __forceinline__ void store_vector(const Pack<float, 4>& from, float* to) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000  // from there on the compiler's other half does it by itself
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(from.v[0]), "f"(from.v[1]), "f"(from.v[2]),
+                 "f"(from.v[3]));
+#else
+    *(Pack<float, 4>*)to = from;
+#endif
+}
+
 constexpr int MAX_SPANS = 128, MAX_SHARDS = 48, MAX_PARAMETERS = 128;
 struct Spans {
     int64_t count;
@@ -152,7 +169,7 @@ __device__ __forceinline__ void adamw_tile(const Shards& shards, int64_t tile, c
 #pragma unroll
                 for (int k = 0; k < VECTOR; k++) store(w[u].v[k], out.v[k]);
                 if (low_aligned) {
-                    *(Lows*)(low + i) = out;
+                    store_vector(out, low + i);
                 } else {
 #pragma unroll
                     for (int k = 0; k < VECTOR; k++) low[i + k] = out.v[k];
