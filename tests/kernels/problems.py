@@ -75,12 +75,13 @@ def differences(found: Problem, expected: Problem) -> list[str]:
 
 @dataclass(frozen=True)
 class Size:
-    """One shard: elements, offsets of grad, low and the float32 tensors in elements, and the row of its scalars."""
+    """One shard: elements; offsets of grad, low, float32 tensors and average in elements; the row of its scalars."""
 
     numel: int
     grad: int = 0
     low: int = 0
     floats: int = 0
+    average: int = 0
     row: int = 0
 
 
@@ -88,7 +89,7 @@ class Size:
 SIZES = (
     *(Size(n, row=n % 2) for n in (1, 3, 4, 5, 1023, 1024, 1025, 1424, 2047, 2048, 2049, 4096, 4097)),
     *(Size(0), Size(2049, grad=1), Size(1424, low=1), Size(2051, grad=2, low=3, row=1), Size(1029, floats=1)),
-    *(Size(100, row=2), Size(4099, grad=1, low=1, floats=3)),
+    *(Size(100, row=2), Size(1030, average=1), Size(4099, grad=1, low=1, floats=3)),
 )
 
 
@@ -110,7 +111,7 @@ def adamw_problem(variant: Variant, sizes: Sequence[Size] = SIZES, guard_bytes: 
                 problem.add(f"g{number}", gradient, size.grad),
                 *floats,
                 None if low is None else problem.add(f"l{number}", torch.zeros(size.numel, dtype=low), size.low),
-                problem.add(f"a{number}", weight + 1, size.floats) if average else None,
+                problem.add(f"a{number}", weight + 1, size.floats + size.average) if average else None,
                 size.row,
             )
         )
@@ -121,7 +122,8 @@ def adamw_problem(variant: Variant, sizes: Sequence[Size] = SIZES, guard_bytes: 
 
 def norm_problem(dtype: torch.dtype, sizes: Sequence[tuple[int, int]] = (), guard_bytes: int = GUARD_BYTES) -> Problem:
     """Return a norm of tensors of these (elements, offset), around the boundaries of rows, runs and tiles if none."""
-    sizes = sizes or [(n, n % 2) for n in (1, 31, 0, 32, 33, 511, 512, 513, 16383, 16384, 16385, 33000)] + [(20000, 3)]
+    around = (1, 31, 0, 32, 33, 511, 512, 513, 16383, 16384, 16385)
+    sizes = sizes or [*((n, 0) for n in around), *((n, 1) for n in around), (33000, 2), (20000, 3)]
     problem, random = Problem(guard_bytes=guard_bytes), torch.Generator().manual_seed(2)
     tensors = [
         problem.add(f"x{number}", torch.randn(numel, generator=random).to(dtype), offset)

@@ -104,14 +104,14 @@ class Machine:
             self._compute(instruction, threads)
 
     def _release(self) -> None:
-        """Let the blocks go on whose threads all stand at one barrier."""
-        end, released = len(self._kernel.code), False
+        """Let the blocks go on whose threads all stand at one barrier; where there is none, nobody ever will."""
+        released = False
         for block in np.unique(self._block[self._state == AT_BARRIER]):
-            alive = (self._block == block) & (self._counter < end)
-            if (self._state[alive] == AT_BARRIER).all() and len(np.unique(self._counter[alive])) == 1:
-                self._state[alive] = READY
-                self._counter[alive] += 1
-                self._epoch[self._block == block] += 1
+            members = self._block == block  # those that have ended too: a barrier is for all threads or for none
+            if (self._state[members] == AT_BARRIER).all() and len(np.unique(self._counter[members])) == 1:
+                self._state[members] = READY
+                self._counter[members] += 1
+                self._epoch[members] += 1
                 released = True
         if not released:
             raise Violation("threads wait for each other at different barriers or shuffles")
@@ -145,7 +145,7 @@ class Machine:
 
     def _access(self, instruction: Instruction, threads: Array) -> None:
         root, *modifiers = instruction.opcode.split(".")
-        modifiers = [word for word in modifiers if word not in ("nc", "relaxed", "weak")]
+        modifiers = [word for word in modifiers if word not in ("nc", "volatile", "weak")]
         space, kind = modifiers[0], modifiers[-1]
         where, what = instruction.operands if root == "st" else reversed(instruction.operands)
         registers = what.registers if isinstance(what, Several) else (what,)
@@ -240,7 +240,9 @@ class Machine:
                 return self._special[operand.name][threads].view(dtype)
             if operand.name not in self._registers:
                 raise Violation(f"{operand.name} is read and was never written")
-            return self._registers[operand.name][threads].view(dtype)
+            bits = self._registers[operand.name][threads]
+            narrow = bits if kind == "pred" else bits.astype(f"u{dtype.itemsize}", copy=False)
+            return narrow.view(dtype)
         if isinstance(operand, Immediate):
             size = np.dtype(dtype).itemsize
             scalar = np.frombuffer(struct.pack("<Q", operand.bits % 2 ** (8 * size))[:size], dtype)[0]
@@ -259,6 +261,8 @@ class Machine:
         if operand.name not in self._registers:
             self._registers[operand.name] = np.zeros(len(self._thread), UNSIGNED[width])
         register = self._registers[operand.name]
+        if width and value.dtype.itemsize < width:  # a wider register keeps the value, with its sign
+            value = value.astype(f"{value.dtype.kind}{width}")
         register[threads] = value.view(f"u{value.dtype.itemsize}") if width else value
 
 
