@@ -102,12 +102,16 @@ double norm_run(const void* data, int64_t start, int64_t end) {
     Doubles sum[NORM_COLUMNS / WIDTH] = {};
     double columns[NORM_COLUMNS] = {};
     if (start + NORM_ROWS * NORM_COLUMNS <= end) {
-        for (int row = 0; row < NORM_ROWS; row++)
+        for (int row = 0; row < NORM_ROWS; row++) {
+            const int64_t first = start + row * NORM_COLUMNS;
+            for (int64_t line = 0; line < NORM_COLUMNS * type_bytes(TYPE); line += 64)
+                prefetch((const char*)data + first * type_bytes(TYPE) + line);
 #pragma GCC unroll 16
             for (int c = 0; c < NORM_COLUMNS / WIDTH; c++) {
-                const Doubles x = load_doubles<TYPE>(data, start + row * NORM_COLUMNS + c * WIDTH);
+                const Doubles x = load_doubles<TYPE>(data, first + c * WIDTH);
                 sum[c] = sum[c] + x * x;
             }
+        }
         memcpy(columns, sum, sizeof columns);
     } else {
         for (int64_t i = start; i < end; i++) {
@@ -146,6 +150,7 @@ void digest_columns(const T* __restrict x, int first, int n, uint64_t* sum) {
 #if defined(__AVX2__)
     Words products[2] = {}, odd_products[2] = {};
     for (; c + COUNT <= n; c += COUNT) {
+        prefetch(x + c);
         const Words bits = load_words(x + c), odd = odd_words(bits);
         for (int lane = 0; lane < 2; lane++) {
             const Words keys = load_words(KEYS.lanes[lane] + first + c);
