@@ -201,7 +201,8 @@ class Machine:
         return result
 
     def _atomic(self, instruction: Instruction, threads: Array) -> None:
-        if instruction.opcode not in ("atom.global.add.u64", "red.global.add.u64"):
+        opcode = instruction.opcode.replace(".relaxed.gpu", "")  # what no qualifier means
+        if opcode not in ("atom.global.add.u64", "red.global.add.u64"):
             raise Unsupported(instruction.text)
         *target, where, value = instruction.operands
         assert isinstance(where, Address)
@@ -257,6 +258,8 @@ class Machine:
     def _set(self, operand: Operand, value: Array, threads: Array) -> None:
         if not isinstance(operand, Register):
             raise Unsupported(str(operand))
+        if operand.name == "_":
+            return
         width = self._width(operand)
         if operand.name not in self._registers:
             self._registers[operand.name] = np.zeros(len(self._thread), UNSIGNED[width])

@@ -14,7 +14,7 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Register:
-    """A register by name, or a special one such as %tid.x."""
+    """A register by name, a special one such as %tid.x, or _ for what nobody wants."""
 
     name: str
 
@@ -135,7 +135,7 @@ def _operand(text: str) -> Operand:
         named = Register(base) if base[0] == "%" else Symbol(base)
         return Address(named, int(offset or 0))
     if text[0] == "{" or "|" in text:
-        return Several(tuple(Register(name) for name in re.findall(r"%[\w.]+", text)))
+        return Several(tuple(Register(name) for name in re.findall(r"%[\w.]+|\b_\b", text)))
     if text[0] == "%":
         return Register(text)
     if found := re.fullmatch(r"0[fFdD]([0-9A-Fa-f]+)", text):
