@@ -40,6 +40,7 @@ def test_the_ptx_gives_the_references_bits(engine: Ptx, kernel: str) -> None:
     assert ptx_gate(engine, kernel) >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", STREAMING)
 def test_the_last_block_of_huge_tensors(engine: Ptx, kernel: str) -> None:
     assert max(far_gate(engine, kernel)) > 2**33
