@@ -59,7 +59,7 @@ class Job:
             try:
                 if ask is not None:
                     ask([rank.pid for rank in ranks])
-                codes = [rank.wait(120) for rank in ranks]
+                codes = [rank.wait(300) for rank in ranks]  # the first in a new environment compile
             finally:
                 for rank in ranks:
                     ds_job.end(rank)
