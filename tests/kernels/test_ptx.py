@@ -85,6 +85,7 @@ def test_other_architectures(architecture: str) -> None:
         traffic_gate(Ptx(text), kernel)
 
 
+@pytest.mark.slow
 def test_nvrtc_makes_the_same_of_them() -> None:
     text = nvrtc_ptx_text()
     rounding_gate(text)

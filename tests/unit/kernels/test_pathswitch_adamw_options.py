@@ -71,6 +71,7 @@ def test_memory_formats() -> None:
         assert torch.allclose(p, q, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sizes_of_other_libraries_tests(dtype: torch.dtype) -> None:
     """The sizes that apex and TransformerEngine test, within a thousandth of their tolerance in float32."""
