@@ -15,7 +15,7 @@ from torch import Tensor
 from pathswitch.errors import CheckpointError, ConfigError
 from pathswitch.kernels.layouts import TYPES, ShardTensors
 from pathswitch.kernels.ops import OperatorKernels, backend
-from pathswitch.kernels.optimizer import PathSwitchAdamW, ShardUpdate, _Request
+from pathswitch.kernels.optimizer import PathSwitchAdamW, ShardUpdate, _Request, in_order_of
 
 MASTER = "master_param"
 NAMES = ("exp_avg", "exp_avg_sq", MASTER)
@@ -279,6 +279,4 @@ def _ordered(grad: Tensor, p: Tensor) -> Tensor:
     if grad.layout != torch.strided or grad.dtype not in TYPES:
         allowed = f"dense gradients of {', '.join(map(str, TYPES))}"
         raise ConfigError(f"{WHERE}: gradients", given=f"{grad.layout}, {grad.dtype}", allowed=allowed)
-    if grad.stride() == p.stride():
-        return grad
-    return torch.empty_like(p, dtype=grad.dtype, memory_format=torch.preserve_format).copy_(grad)
+    return in_order_of(p, grad)

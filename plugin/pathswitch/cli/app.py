@@ -122,18 +122,20 @@ def run(
 
 def with_seed(plan_file: PlanFile, seed: int | None) -> PlanFile:
     """Return the plan with another [train] seed."""
-    if seed is None or plan_file.train is None:
-        return plan_file
-    return plan_file.model_copy(update={"train": plan_file.train.model_copy(update={"seed": seed})})
+    return plan_file if seed is None else _with_train(plan_file, "seed", seed)
 
 
 def with_optimizer(plan_file: PlanFile, optimizer: str) -> PlanFile:
     """Return the plan with another [train] optimizer."""
     if optimizer not in ("adamw", "pathswitch"):
         raise ConfigError("--optimizer", given=optimizer, allowed="adamw, pathswitch")
+    return _with_train(plan_file, "optimizer", optimizer)
+
+
+def _with_train(plan_file: PlanFile, key: str, value: object) -> PlanFile:
     if plan_file.train is None:
         return plan_file
-    return plan_file.model_copy(update={"train": plan_file.train.model_copy(update={"optimizer": optimizer})})
+    return plan_file.model_copy(update={"train": plan_file.train.model_copy(update={key: value})})
 
 
 def train(plan_file: PlanFile, base: Path, out: Path, paradigm: Paradigm, on_damage: str | None = None) -> None:

@@ -20,6 +20,7 @@ from pathswitch.errors import KernelError
 from pathswitch.kernels.build import device_image
 from pathswitch.kernels.layouts import (
     ADAMW_TILE,
+    DIGEST_COLUMNS,
     MAX_PARAMETERS,
     MAX_SHARDS,
     MAX_SPANS,
@@ -41,7 +42,6 @@ THREADS = 256
 PREPARE_THREADS = 32
 MAX_GRID = 2**31 - 1
 DIGEST_BLOCKS = 4096
-DIGEST_COLUMNS = 1024
 LOW_NAMES: dict[torch.dtype | None, str] = {None: "none"} | dict(TYPES.items())
 KERNELS = (
     "ps_prepare",

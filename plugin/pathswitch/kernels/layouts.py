@@ -17,6 +17,7 @@ from torch import Tensor
 
 MAX_SPANS, MAX_SHARDS, MAX_PARAMETERS = 128, 48, 128
 ADAMW_TILE, NORM_TILE = 2048, 16384  # elements
+DIGEST_COLUMNS = 1024  # elements of a block
 NEVER = 2**63 - 1
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 

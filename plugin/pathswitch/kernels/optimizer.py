@@ -372,9 +372,14 @@ def _gradient(p: Tensor) -> Tensor:
     assert p.grad is not None
     _require("gradients", f"layout {p.grad.layout}", p.grad.layout == torch.strided, "dense gradients")
     _require("gradients", f"gradients of {p.grad.dtype}", p.grad.dtype in TYPES, ", ".join(map(str, TYPES)))
-    if p.grad.stride() == p.stride():
-        return p.grad
-    return torch.empty_like(p, dtype=p.grad.dtype, memory_format=torch.preserve_format).copy_(p.grad)
+    return in_order_of(p, p.grad)
+
+
+def in_order_of(p: Tensor, grad: Tensor) -> Tensor:
+    """Return a gradient whose elements lie in memory as the parameter's do: itself, or a copy."""
+    if grad.stride() == p.stride():
+        return grad
+    return torch.empty_like(p, dtype=grad.dtype, memory_format=torch.preserve_format).copy_(grad)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pathswitch.kernels.layouts import (
+    DIGEST_COLUMNS,
     NORM_TILE,
     AverageSettings,
     GroupSettings,
@@ -29,7 +30,6 @@ from pathswitch.kernels.layouts import (
 )
 
 NORM_COLUMNS, NORM_ROWS, NORM_LANES = 32, 16, 256
-DIGEST_COLUMNS = 1024
 CHUNK = 1 << 20  # elements that are processed at a time where whole copies would be needed
 Keys = NDArray[np.uint64]
 Struct = TypeVar("Struct", bound=ctypes.Structure)
