@@ -12,6 +12,7 @@ import json
 import os
 import platform
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,15 @@ class RunFolder:
         """Return the plan that this folder was last run with."""
         return load_plan_file(self.out / PLAN_FILE)
 
+    def plan(self) -> Plan:
+        """Return the paths of that plan; a file that has not changed is not read again."""
+        path = self.out / PLAN_FILE
+        try:
+            status = path.stat()
+        except OSError:
+            return build_plan(self.plan_file())  # raises, and says what is wrong
+        return _plan(path, (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size))
+
     def is_complete(self, path: TrainingPath) -> bool:
         """Return whether the path's completion record reaches its end."""
         return self.path(path).completed_step() >= path.end_step
@@ -193,6 +203,11 @@ class RunFolder:
             for checkpoints in (self.out / paradigm).glob("*/checkpoints")
         ]
         return max(steps, default=0)
+
+
+@lru_cache(maxsize=16)
+def _plan(path: Path, stamp: tuple[int, ...]) -> Plan:
+    return build_plan(load_plan_file(path))
 
 
 def _settings(plan_file: PlanFile, section: str) -> dict[str, Any]:

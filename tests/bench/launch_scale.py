@@ -53,20 +53,17 @@ class Times:
     """Seconds of all processors, those of the commands that it ran included."""
 
 
-@dataclass(frozen=True)
 class Scale:
     """A large plan in a folder, with SLURM's commands on PATH."""
 
-    folder: Path
-    versions: int = 50
-
-    def __post_init__(self) -> None:
-        FakeSlurm(self.folder / "slurm")
-        write_plan(self.folder / "plan.toml", LAUNCH, self.versions)
+    def __init__(self, folder: Path, versions: int) -> None:
+        self.folder, self.versions = folder, versions
+        self.slurm = FakeSlurm(folder / "slurm")
+        write_plan(folder / "plan.toml", LAUNCH, versions)
 
     def command(self, *arguments: str | Path) -> Times:
         """Run `pathswitch` to its end."""
-        environ = {**os.environ, "PATH": f"{self.folder / 'slurm/bin'}{os.pathsep}{os.environ['PATH']}"}
+        environ = {**os.environ, "PATH": f"{self.slurm.bin}{os.pathsep}{os.environ['PATH']}"}
         line = [str(Path(sys.executable).with_name("pathswitch")), *map(str, arguments)]
         before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         subprocess.run(line, check=True, env=environ, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
@@ -92,7 +89,7 @@ class Scale:
         digest = build_plan(RunFolder(out).plan_file()).path("main").digest
         for step in range(1, checkpoints + 1):
             folder = jobs["main"].files.checkpoints / f"global_step{step}"
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             manifest = manifest_of(folder, files, step=step, schedule_digest=digest)
             (folder / "pathswitch.json").write_bytes(manifest.encode(None))
         for number in range(records):

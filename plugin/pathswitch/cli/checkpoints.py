@@ -246,7 +246,7 @@ def _inventory(run: Path, records: list[Record]) -> tuple[list[Stored], list[Unu
 def _planned_paths(run: Path, paradigms: set[str], records: list[Record]) -> list[PlannedPath]:
     """Return the plan's paths in the paradigms that the run has: a plan need not suit the others."""
     folder = RunFolder(run)
-    plan = build_plan(folder.plan_file())
+    plan = folder.plan()
     released = {(r.paradigm, r.path, r.step) for r in records if isinstance(r, ReleaseRecord)}
     paths = [path for paradigm in PARADIGMS if paradigm in paradigms for path in plan.paths(paradigm)]
     return [

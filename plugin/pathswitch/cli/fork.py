@@ -28,7 +28,6 @@ from pathswitch.cli.run_checkpoints import (
     records_of,
     say,
 )
-from pathswitch.config import build_plan
 from pathswitch.errors import CheckpointError, ConfigError, RunError, choices
 from pathswitch.launch.gate import record_fork
 from pathswitch.run_folder import PLAN_FILE, RunFolder, tag
@@ -75,7 +74,7 @@ def fork_branch(
         RunError: a job is training the branch.
     """
     folder = RunFolder(run)
-    plan = build_plan(folder.plan_file())
+    plan = folder.plan()
     branch = _branch(plan, to)
     parent = plan.path(branch.parent or MAIN)
     key = read_key(key_file)

@@ -21,7 +21,6 @@ from typing import Literal
 
 from pathswitch.atomic import write_text_atomic
 from pathswitch.checkpoint import read_key
-from pathswitch.config import build_plan
 from pathswitch.errors import PathSwitchError, RunError
 from pathswitch.launch import slurm
 from pathswitch.launch.agent_lock import only_agent
@@ -130,7 +129,7 @@ class Agent:
         if is_cancelled(spec):
             return self._end_asked("cancelled", self._stop_reason(), self._durable_step())
         spec.files.stop.unlink(missing_ok=True)
-        path = build_plan(self._run.plan_file()).path(spec.path, spec.paradigm)
+        path = self._run.plan().path(spec.path, spec.paradigm)
         gate = open_gate(self._run, path, read_key(spec.signing_key_file), self._attempt)
         if gate.state != "open":
             return self._give_up(f"may not start: {gate.reason}", spec.start_step)

@@ -14,7 +14,6 @@ from typing import Literal
 
 from pathswitch.checkpoint import MANIFEST_FILE, Manifest, Policy, iteration_folder, layout_of, read_manifest
 from pathswitch.checkpoint.fork import fork_checkpoint
-from pathswitch.config import build_plan
 from pathswitch.errors import CheckpointError
 from pathswitch.launch.journal import Journal
 from pathswitch.run_folder import PathFolder, RunFolder, tag
@@ -122,7 +121,7 @@ def fork_source(run: RunFolder, path: TrainingPath) -> tuple[Path, Manifest] | N
 
 
 def _fork(run: RunFolder, path: TrainingPath, source: Path, manifest: Manifest, key: bytes | None) -> None:
-    parent = build_plan(run.plan_file()).path(str(path.parent), path.paradigm)
+    parent = run.plan().path(str(path.parent), path.paradigm)
     if manifest.schedule_digest != parent.digest:
         raise CheckpointError(f"{source}: trained by another schedule than the plan's {parent.name!r}")
     target = run.path(path).checkpoints / source.name

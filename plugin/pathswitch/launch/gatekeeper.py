@@ -6,7 +6,6 @@ import threading
 from pathlib import Path
 
 from pathswitch.checkpoint import read_key
-from pathswitch.config import build_plan
 from pathswitch.errors import PathSwitchError, RunError
 from pathswitch.launch import slurm
 from pathswitch.launch.gate import fork_source, is_open, open_gate
@@ -53,7 +52,7 @@ class GateKeeper:
 
     def children(self) -> list[TrainingPath]:
         """Return the paths that start from this one."""
-        paths = build_plan(self._run.plan_file()).paths(self._spec.paradigm)
+        paths = self._run.plan().paths(self._spec.paradigm)
         return [path for path in paths if path.parent == self._spec.path and path.steps > 0]
 
     def cancel_waiting(self, reason: str, attempt: str) -> None:

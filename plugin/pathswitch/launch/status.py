@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pathswitch.config import PlanFile, build_plan
+from pathswitch.config import PlanFile
 from pathswitch.errors import RunError
 from pathswitch.launch import slurm
 from pathswitch.launch.agent_lock import holder
@@ -73,9 +73,8 @@ def run_status(run: Path) -> list[PathStatus]:
     queue: dict[str, slurm.SlurmJob] = {}
     for prefix in {comment_prefix(spec.run, spec.paradigm) for spec in specs if spec.launch.kind == "slurm"}:
         queue |= slurm.live_jobs(prefix)
-    plan_file = folder.plan_file()
     events = events_by_path(run_ledger(run).read().records)
-    seen = _Seen(plan_file, build_plan(plan_file), events, queue)
+    seen = _Seen(folder.plan_file(), folder.plan(), events, queue)
     return [_path_status(seen, spec) for spec in specs]
 
 
@@ -85,7 +84,7 @@ def submitted_specs(run: Path) -> list[JobSpec]:
     Raises:
         RunError: there are none.
     """
-    plan = build_plan(RunFolder(run).plan_file()) if (run / "plan.toml").is_file() else None
+    plan = RunFolder(run).plan() if (run / "plan.toml").is_file() else None
     specs = []
     for paradigm in PARADIGMS if plan else ():
         for path in plan.paths(paradigm) if plan else ():

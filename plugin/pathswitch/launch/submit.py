@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pathswitch.atomic import write_text_atomic
 from pathswitch.checkpoint import read_key
-from pathswitch.config import PlanFile, build_plan
+from pathswitch.config import PlanFile
 from pathswitch.errors import ConfigError, RunError
 from pathswitch.launch import slurm
 from pathswitch.launch.agent import is_cancelled
@@ -127,7 +127,7 @@ def gate_of(spec: JobSpec, look_only: bool = False) -> Gate:
     waiting = Gate("waiting", f"until {spec.parent}@{spec.start_step}")
     if look_only or not (run.out / PLAN_FILE).is_file():
         return waiting
-    path = build_plan(run.plan_file()).path(spec.path, spec.paradigm)
+    path = run.plan().path(spec.path, spec.paradigm)
     return open_gate(run, path, read_key(spec.signing_key_file), "submit")
 
 

@@ -133,6 +133,10 @@ class Plan:
         return digest({name: json.dumps(value, sort_keys=True) for name, value in fields.items()})
 
     @cached_property
+    def _paths(self) -> dict[Paradigm, tuple[Path, ...]]:
+        return {}
+
+    @cached_property
     def end_steps(self) -> tuple[int, ...]:
         """S_v of every version."""
         return tuple(accumulate(version.steps for version in self.versions))
@@ -152,7 +156,9 @@ class Plan:
         Raises:
             ConfigError: the warm-up does not fit into one of the runs.
         """
-        return tuple(_PATHS_OF[paradigm](self))
+        if paradigm not in self._paths:
+            self._paths[paradigm] = tuple(_PATHS_OF[paradigm](self))
+        return self._paths[paradigm]
 
     def path(self, name: str, paradigm: Paradigm = "path_switching") -> Path:
         """Return one training job by name.
