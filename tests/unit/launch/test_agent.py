@@ -204,7 +204,8 @@ def test_asked_once_it_has_the_ranks_save_and_end(job: Job) -> None:
     job.signal(signal.SIGTERM)
     assert job.end() == ASKED
     assert job.events() == [("started", 0), ("stopped", 50)]
-    assert list(dict.fromkeys(job.ranks.notes())) == ["start train.py --path main", "asked", "ended"]  # asked again where it takes long
+    notes = list(dict.fromkeys(job.ranks.notes()))  # asked again where it takes long
+    assert notes == ["start train.py --path main", "asked", "ended"]
     assert (job.folder / "notes.why").read_text() == "SIGTERM received\n"
     assert not job.files.stop.exists() and job.status() == ("stopped", "SIGTERM received")
 
