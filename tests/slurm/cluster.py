@@ -189,8 +189,9 @@ class Cluster:
         """Return jobs, nodes and the end of the controller's log, for a message."""
         log = self.folder / "log/slurmctld.log"
         shown = [["squeue", "-a", "-t", "all"], ["sinfo", "-N", "-l"], ["tail", "-n", "30", str(log)]]
-        done = [subprocess.run(c, capture_output=True, text=True, env=self.environment(), timeout=60) for c in shown]
-        return "\n".join(result.stdout + result.stderr for result in done)
+        done = [subprocess.run(c, capture_output=True, env=self.environment(), timeout=60) for c in shown]
+        # squeue cuts names in the middle of a letter
+        return "\n".join((result.stdout + result.stderr).decode(errors="replace") for result in done)
 
     def node_down(self, name: str, reason: str = "lost") -> None:
         """Lose a node: SIGKILL for all its processes, and DOWN for the controller."""

@@ -57,8 +57,8 @@ def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     ):
         try:
             run.slow("main", FORKS["v2"] + 5, 2.0)
-            for path in ("v1", "v2", "v4"):
-                run.slow(path, FORKS[path] + 25)
+            for path, seconds in (("v1", 4.0), ("v2", 1.0), ("v4", 1.0)):  # v1 has to last until v2 is preempted
+                run.slow(path, FORKS[path] + 25, seconds)
             _submit_while_the_controller_restarts(story, folder)
             _preempt(run, "v2")
             _lose_a_node(story, "v1")
