@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import signal
 import socket
@@ -17,9 +19,10 @@ GRACE_SECONDS = 10
 
 
 def deepspeed_command(module: str, arguments: Sequence[str], *, ranks: int, port: int) -> list[str]:
-    """Return the launch line of a module with ``ranks`` processes on this machine."""
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    return [*launcher, "--num_gpus", str(ranks), "--master_port", str(port), "--module", module, *arguments]
+    """Return the line by which ``deepspeed`` itself starts a module's ``ranks`` processes on this machine."""
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
+    launcher = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
+    return [*launcher, "--master_addr=127.0.0.1", f"--master_port={port}", "--module", module, *arguments]
 
 
 def free_port() -> int:

@@ -6,9 +6,11 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -20,11 +22,27 @@ from pathswitch.launch.local import deepspeed_command, job_environment, run_job
 from pathswitch.launch.progress import PathProgress
 
 
-def test_the_launch_line_is_deepspeeds() -> None:
-    command = deepspeed_command("pathswitch.trainer", ["--out", "a b"], ranks=2, port=1234)
-    assert command[0] == sys.executable
-    assert " ".join(command[1:7]) == "-m deepspeed.launcher.runner --num_gpus 2 --master_port 1234"
-    assert command[7:] == ["--module", "pathswitch.trainer", "--out", "a b"]
+def test_the_launch_line_is_deepspeeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `deepspeed --num_gpus 2` starts on this machine means the same to the process that it starts."""
+    from deepspeed.launcher import launch, runner
+
+    started: list[list[str]] = []
+    popen = subprocess.Popen
+
+    def note(command: list[str], **options: Any) -> subprocess.Popen[Any]:
+        started.append(command)
+        return popen("true" if "deepspeed.launcher.launch" in command else command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", note)
+    words = ["--module", "pathswitch.trainer", "--out", "a b"]
+    runner.main(["--num_gpus", "2", "--master_port", "1234", *words])
+    ours = deepspeed_command(words[1], words[2:], ranks=2, port=1234)
+    meanings = []
+    for command in (ours, started[-1]):
+        assert command[:4] == [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
+        monkeypatch.setattr(sys, "argv", command[3:])
+        meanings.append(launch.parse_args())
+    assert meanings[0] == meanings[1]
 
 
 def test_threads_are_shared_out_and_no_other_path_is_selected() -> None:
