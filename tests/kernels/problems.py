@@ -189,7 +189,7 @@ class Preparation:
     sums_of_squares: tuple[float, ...] | None = (9.0, 400.0)
     inv_scale: float | None = 0.5
     found_inf: float | None = None
-    count: int = 5
+    count: int = 8
     average: tuple[AverageSettings, tuple[float, ...]] = (AverageSettings(weight=0.01), ())
 
 
@@ -220,8 +220,8 @@ def prepare_problem(spec: Preparation, guard_bytes: int = GUARD_BYTES) -> Proble
     for name, table in (("decay_lrs", held.decay_lrs), ("average_weights", held.average_weights)):
         if table is not None:
             problem.tensors[name] = table
-    numbers = [0, 1, 7, 100, 99_999]
-    steps = [problem.add(f"step{i}", torch.tensor(float(numbers[i % 5]))) for i in range(spec.count)]
+    numbers = [0, 1, 17, 18, 20, 21, 22, 99_999]  # also around the average's table
+    steps = [problem.add(f"step{i}", torch.tensor(float(numbers[i % len(numbers)]))) for i in range(spec.count)]
     parameters = [(step, i % len(GROUPS)) for i, step in enumerate(steps)]
     scalars = problem.add("scalars", torch.zeros(spec.count, len(struct_bytes(SCALARS)), dtype=torch.uint8))
     problem.launches = lambda: prepare_launches(parameters, state, scalars)

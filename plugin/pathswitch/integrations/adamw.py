@@ -107,14 +107,6 @@ class PathSwitchAdamW(kernels.PathSwitchAdamW):
                 if step is not None and "exp_avg" in state and "step" not in state:
                     state["step"] = torch.tensor(float(step), dtype=torch.float32, device=p.device)
 
-    def _update(self, request: kernels._Request) -> None:
-        # DeepSpeed may show one group, or one piece of it, at a time: what counts is the parameter's own step.
-        if self.keeps_average and not self._follows:
-            step = self.state.get(request.updates[0].parameter, {}).get("step", 0) if request.updates else 0
-            counter = self._state_on_device().step_state.counters[:1]
-            counter.copy_(step) if torch.is_tensor(step) else counter.fill_(int(step))
-        super()._update(request)
-
 
 def _check_alike(alike: Mapping[str, object]) -> None:
     for name, value in alike.items():

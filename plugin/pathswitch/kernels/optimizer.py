@@ -68,7 +68,7 @@ class PathSwitchAdamW(Optimizer):
         weight_decay: decoupled: the weights shrink by lr * weight_decay in each update.
         max_norm: the norm of all gradients together is clipped to it; 0: it is not, and gradients are not checked.
         average: keep a running average of the weights: the decay of an exponential one, or {shape, steps, start_step}
-            of a decay that it imitates (start_step in updates of this optimizer).
+            of a decay that it imitates (start_step in updates of the parameter).
         backend: ``kernels``, compiled for this device, or ``reference``, torch's own operations.
 
     Raises:

@@ -60,11 +60,12 @@ class ReferenceKernels:
             return
         step = int(state.counters[0])
         lr = path_lr(_struct(PathDescriptor, state.path), state.decay_lrs, step)
-        weight = average_weight(_struct(AverageSettings, state.averaging), state.average_weights, step)
+        averaging = _struct(AverageSettings, state.averaging)
         groups = [_struct(GroupSettings, row) for row in state.groups]
         for row, (adam_step, group) in zip(scalars, parameters, strict=True):
             adam_step += 1
             clip = clip_coefficient(groups[group], norms)
+            weight = average_weight(averaging, state.average_weights, int(adam_step) - 1)
             result = step_scalars(groups[group], lr, clip * inv_scale, weight, int(adam_step))
             row.copy_(struct_bytes(result))
         state.counters[0] += 1
@@ -131,9 +132,9 @@ def path_lr(path: PathDescriptor, decay_lrs: Tensor | None, step: int) -> float:
     return float(decay_lrs[decayed_steps])
 
 
-def average_weight(average: AverageSettings, weights: Tensor | None, step: int) -> float:
-    """Return the running average's weight in the update number ``step``."""
-    index = step - average.start_step
+def average_weight(average: AverageSettings, weights: Tensor | None, updates_done: int) -> float:
+    """Return the running average's weight in the update of a parameter that has had ``updates_done``."""
+    index = updates_done - average.start_step
     if index < 0:
         return 0.0
     if weights is None:

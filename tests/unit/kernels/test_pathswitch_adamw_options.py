@@ -32,14 +32,17 @@ def test_exponential_average() -> None:
     assert torch.equal(mine[0], own)
 
 
+@pytest.mark.parametrize("path_step", [None, 100], ids=["LR from the host", "LR from a path"])
 @pytest.mark.parametrize("name", ["linear", "cosine", "one_minus_sqrt", "knee"])
-def test_the_average_imitates_a_decay(name: str) -> None:
+def test_the_average_imitates_a_decay(name: str, path_step: int | None) -> None:
     """Merged weights equal the start plus every update times the multiplier that a branch would give it."""
     steps, start_step = 13, 4
     shape = make_shape(name, SHAPES[name])
     mine = parameters(sizes=[(50,)])
     choice = {"shape": name, "steps": steps, "start_step": start_step, **SHAPES[name]}
     optimizer = PathSwitchAdamW(mine, lr=1e-2, average=choice)
+    if path_step is not None:
+        optimizer.follow(MainPath(1e-2, 0.0, warmup_steps=1), path_step)
     weights: list[Tensor] = [mine[0].detach().double()]
     for step in range(start_step + steps + 3):
         set_gradients(step, mine)

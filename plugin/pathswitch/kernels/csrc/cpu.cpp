@@ -197,10 +197,10 @@ PS_EXPORT void ps_prepare(const Parameter* parameters, int64_t count, const Path
         counters->skipped_steps++;
         return;
     }
-    const double lr = path_lr(*path, counters->step), weight = average_weight(*averaging, counters->step);
+    const double lr = path_lr(*path, counters->step);
     for (int64_t i = 0; i < count; i++) {
         const int64_t adam_step = (int64_t)*parameters[i].step + 1;
-        out[i] = step_scalars(groups[parameters[i].group], *input, lr, weight, adam_step);
+        out[i] = step_scalars(groups[parameters[i].group], *averaging, *input, lr, adam_step);
         *parameters[i].step = (float)adam_step;
     }
     counters->step++;

@@ -91,7 +91,7 @@ __device__ __forceinline__ void prepare(const Parameters& parameters, const Path
                                         const NormInput& input, StepScalars* out, int32_t is_last) {
     const int64_t step = counters->step;
     const bool skip = must_skip(input);
-    const double lr = path_lr(*path, step), weight = average_weight(*averaging, step);
+    const double lr = path_lr(*path, step);
     for (int64_t i = threadIdx.x; i < parameters.count; i += blockDim.x) {
         if (skip) {
             out[i].skip = 1;
@@ -99,7 +99,7 @@ __device__ __forceinline__ void prepare(const Parameters& parameters, const Path
         }
         const Parameter& parameter = parameters.items[i];
         const int64_t adam_step = (int64_t)*parameter.step + 1;
-        out[i] = step_scalars(groups[parameter.group], input, lr, weight, adam_step);
+        out[i] = step_scalars(groups[parameter.group], *averaging, input, lr, adam_step);
         *parameter.step = (float)adam_step;
     }
     __syncthreads();

@@ -109,8 +109,8 @@ PS_INLINE double path_lr(const PathDescriptor& path, int64_t step) {
     return decayed_steps < path.decay_steps ? path.decay_lrs[decayed_steps] : path.final_lr;
 }
 
-PS_INLINE double average_weight(const AverageSettings& average, int64_t step) {
-    const int64_t index = step - average.start_step;
+PS_INLINE double average_weight(const AverageSettings& average, int64_t updates_done) {
+    const int64_t index = updates_done - average.start_step;
     if (index < 0) return 0.0;
     if (average.weights == nullptr) return average.weight;
     return index < average.n_weights ? average.weights[index] : 0.0;
@@ -129,8 +129,8 @@ PS_INLINE bool must_skip(const NormInput& input) {
 }
 
 // The scalars of the update number `adam_step` (from 1 on) of a parameter in a group.
-PS_INLINE StepScalars step_scalars(const GroupSettings& group, const NormInput& input, double path_lr,
-                                   double average_weight, int64_t adam_step) {
+PS_INLINE StepScalars step_scalars(const GroupSettings& group, const AverageSettings& average, const NormInput& input,
+                                   double path_lr, int64_t adam_step) {
     StepScalars out = {};
     const double inv_scale = scale_back(input);
     double clip = 1.0;
@@ -149,7 +149,7 @@ PS_INLINE StepScalars step_scalars(const GroupSettings& group, const NormInput& 
     out.shrinkage = (float)(out.lr * group.weight_decay);
     out.step_size = (float)(out.lr / (1.0 - power(group.beta1, adam_step)));
     out.inv_sqrt_correction2 = (float)(1.0 / sqrt(1.0 - power(group.beta2, adam_step)));
-    out.average_weight = (float)average_weight;
+    out.average_weight = (float)average_weight(average, adam_step - 1);
     return out;
 }
 
