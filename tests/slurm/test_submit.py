@@ -63,6 +63,7 @@ def story(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             _preempt(run, "v2")
             _lose_a_node(story, "v1")
             run.wait_for_starts("main", 2)  # its time was up
+            cluster.run("scontrol", "update", f"JobId={run.job_id('main')}", "TimeLimit=60")  # not once more
             _damage_the_fork(story, "v3")
             _signal_the_batch_script(run)
             _repair_the_fork(story, "v3")
