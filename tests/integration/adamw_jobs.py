@@ -46,7 +46,14 @@ def settings(stage: int, dtype: str, optimizer: dict[str, Any], **keys: Any) -> 
     return chosen | keys
 
 
-def engine(stage: int, dtype: str, optimizer: dict[str, Any], model: torch.nn.Module | None = None, **keys: Any) -> Any:
+def engine(
+    stage: int,
+    dtype: str,
+    optimizer: dict[str, Any],
+    model: torch.nn.Module | None = None,
+    mpu: Any = None,
+    **keys: Any,
+) -> Any:
     """Make an engine with a param group of weights and one of biases."""
     model = SplitModel() if model is None else model
     parameters = list(model.parameters())
@@ -54,7 +61,7 @@ def engine(stage: int, dtype: str, optimizer: dict[str, Any], model: torch.nn.Mo
         {"params": [p for p in parameters if p.dim() > 1]},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
     ]
-    return engine_of(settings(stage, dtype, optimizer, **keys), model=model, model_parameters=groups)
+    return engine_of(settings(stage, dtype, optimizer, **keys), model=model, model_parameters=groups, mpu=mpu)
 
 
 def batch(number: int, dtype: torch.dtype) -> torch.Tensor:

@@ -79,6 +79,19 @@ def test_pipelines_with_a_tied_layer(records: list[dict[str, Any]], kind: str, c
         assert one_pass["norms"] == records[0][f"pipeline_{kind}_{clip}_one_pass"]["norms"]
 
 
+@pytest.mark.parametrize("clip", (0.0, 0.2))
+@pytest.mark.parametrize("kind", ("1_bf16", "1_bf16_fp32-sums", "2_bf16", "2_fp32"))
+def test_tensor_parallel_models(records: list[dict[str, Any]], kind: str, clip: float) -> None:
+    first, second = (record[f"tensor-parallel_{kind}_{clip}_one_pass"] for record in records)
+    assert first["norms"] == second["norms"] and first["losses"] == second["losses"]
+    assert first["first"] == second["first"] and first["weights"] != second["weights"]
+    for record in records:
+        ours, one_pass = pair(record, f"tensor-parallel_{kind}_{clip}")
+        assert (ours["replaced"], one_pass["replaced"]) == (False, True)
+        assert min(one_pass["norms"]) > 0.2, "gradients must be clipped by 0.2"
+        assert_same_steps(one_pass, ours, is_clipped=clip == 0.2)
+
+
 def test_the_plans_lr_is_used(records: list[dict[str, Any]]) -> None:
     for record in records:  # init_lr 1e-5, max_lr 1e-3 and two steps of warm-up
         assert record["scheduled_1_PathSwitchLR_one_pass"]["lrs"] == [[0.000505] * 2, *[[1e-3] * 2] * 3]

@@ -13,6 +13,7 @@ from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from harness import arguments, engine_of, finish, refused
+from tensor_parallel import SharedModel, TensorParallel
 from tiny_plan import PLAN
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +22,12 @@ from pathswitch.integrations import one_pass
 
 BOTH = {"ours": OURS, "one_pass": ONE_PASS}
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+TENSOR_PARALLEL: tuple[tuple[int, str, dict[str, Any]], ...] = (
+    (1, "bf16", {}),
+    (1, "bf16", FP32_SUMS),
+    (2, "bf16", {}),
+    (2, "fp32", {}),
+)
 SCHEDULERS = {
     "PathSwitchLR": {"type": "PathSwitchLR", "params": PLAN},
     "WarmupLR": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 3}},
@@ -145,6 +152,21 @@ def pipeline(optimizer: dict[str, Any], **keys: Any) -> dict[str, Any]:
         norms.append(float(job.get_global_grad_norm()))
     replaced = "step" in vars(job.optimizer)
     return {"losses": losses, "norms": norms, "weights": bits(job).partition(" ")[0], "replaced": replaced}
+
+
+def tensor_parallel(stage: int, dtype: str, optimizer: dict[str, Any], mpu: Any, **keys: Any) -> dict[str, Any]:
+    """Train a model that the ranks share; the gradients of a layer that all have count once."""
+    job = engine(stage, dtype, optimizer, model=SharedModel(), mpu=mpu, **keys)
+    losses, norms = [], []
+    for step in range(4):
+        loss = job(batch(step, next(job.module.parameters()).dtype))
+        job.backward(loss)
+        job.step()
+        losses.append(float(loss))
+        norms.append(float(job.get_global_grad_norm()))
+    first = job.module.first.weight.detach().float().flatten().tolist()
+    replaced = "step" in vars(job.optimizer)
+    return {"losses": losses, "norms": norms, "weights": bits(job), "first": first, "replaced": replaced}
 
 
 def mean_square(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -280,6 +302,13 @@ def main() -> None:
             record[f"average_{kind}_{stage}_{name}"] = averages(stage, BOTH[name], average)
     record["fallbacks"] = fallbacks(warnings)
     record["refusals"] = refusals()
+    mpu = TensorParallel()
+    for name, optimizer in BOTH.items():
+        for stage, dtype, keys in TENSOR_PARALLEL:
+            for clip in (0.0, 0.2):
+                kind = f"{stage}_{dtype}{'_fp32-sums' if keys else ''}_{clip}_{name}"
+                job = tensor_parallel(stage, dtype, optimizer, mpu, gradient_clipping=clip, **keys)
+                record[f"tensor-parallel_{kind}"] = job
     for name, optimizer in BOTH.items():  # last: DeepSpeed keeps a pipeline's ranks for whatever comes behind it
         for kind, keys in (("bf16", {}), ("fp32-sums", FP32_SUMS)):
             for clip in (0.0, 0.2):
