@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from run_harness import ROOT, Write, pathswitch, write_tiny_plan
+from run_harness import ROOT, SIZE, Write, pathswitch, write_tiny_plan
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +36,12 @@ def two_versions(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         done = pathswitch("run", plan, "--out", out, "--paradigm", paradigm)
         assert done.returncode == 0, done.stdout + done.stderr
     yield out
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run folder of a plan of ``SIZE`` that nothing disturbed."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    done = pathswitch("run", write_tiny_plan(corpus, "faults", **SIZE), "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,15 @@ import torch
 ROOT = Path(__file__).parents[3]
 COMMAND = [str(Path(sys.executable).with_name("pathswitch"))]
 STEPS = 10
+# A run that is long enough to be disturbed: an argument of write_tiny_plan each; and where its branch leaves.
+SIZE: dict[str, Any] = {
+    "versions": 1,
+    "steps": 40,
+    "hidden_size": 128,
+    "train": "save_every_steps = 4",
+    "data": "repeat = true",
+}
+FORK = 16
 
 Write = Callable[..., Path]
 
@@ -108,3 +118,31 @@ def ranks_of(out: Path) -> list[int]:
             if command[2:4] == [b"-m", b"pathswitch.trainer"] and os.fsencode(out) in command:
                 found.append(int(entry.name))
     return sorted(found)
+
+
+def wait_for_step(run: subprocess.Popen[str], out: Path, step: int) -> None:
+    """Wait until the main path has done ``step`` updates."""
+    file = out / "path_switching" / "main" / "metrics.jsonl"
+    for _ in range(15_000):
+        if file.is_file() and file.read_text().count("\n") >= step:
+            return
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.02)
+    raise AssertionError(f"{file} does not reach step {step}")
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    for _ in range(1500):
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"still running: {pids}")
+
+
+def assert_equal_runs(a: Path, b: Path) -> None:
+    """Compare the bits of two runs of a plan of ``SIZE``."""
+    for path, end in (("main", FORK), ("v1", 40)):
+        assert metrics(a / "path_switching", path) == metrics(b / "path_switching", path)
+        assert_same_bits(checkpoint(a / "path_switching", path, end), checkpoint(b / "path_switching", path, end))
+    for file in ("evaluation.json", "release/model.safetensors"):
+        assert (a / "path_switching/v1" / file).read_bytes() == (b / "path_switching/v1" / file).read_bytes()

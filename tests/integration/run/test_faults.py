@@ -4,52 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
-from run_harness import Write, assert_same_bits, checkpoint, metrics, pathswitch, ranks_of, start, write_tiny_plan
+from run_harness import SIZE, Write, assert_equal_runs, pathswitch, ranks_of, start, wait_for_step, wait_until_gone
 
 pytestmark = pytest.mark.slow
-
-SIZE = {"versions": 1, "steps": 40, "hidden_size": 128, "train": "save_every_steps = 4", "data": "repeat = true"}
-FORK = 16
-
-
-def wait_for_step(run: subprocess.Popen[str], out: Path, step: int) -> None:
-    """Wait until the main path has done ``step`` updates."""
-    file = out / "path_switching" / "main" / "metrics.jsonl"
-    for _ in range(6000):
-        if file.is_file() and file.read_text().count("\n") >= step:
-            return
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.02)
-    raise AssertionError(f"{file} does not reach step {step}")
-
-
-def wait_until_gone(pids: list[int]) -> None:
-    for _ in range(1500):
-        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"still running: {pids}")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    done = pathswitch("run", write_tiny_plan(corpus, "faults", **SIZE), "--out", out)  # type: ignore[arg-type]
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out
-
-
-def assert_equal_runs(a: Path, b: Path) -> None:
-    for path, end in (("main", FORK), ("v1", 40)):
-        assert metrics(a / "path_switching", path) == metrics(b / "path_switching", path)
-        assert_same_bits(checkpoint(a / "path_switching", path, end), checkpoint(b / "path_switching", path, end))
-    for file in ("evaluation.json", "release/model.safetensors"):
-        assert (a / "path_switching/v1" / file).read_bytes() == (b / "path_switching/v1" / file).read_bytes()
 
 
 def test_kill_9_of_one_rank_then_the_same_bits(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:

@@ -7,8 +7,20 @@ import signal
 from pathlib import Path
 
 import pytest
-from run_harness import assert_same_bits, checkpoint, metrics, pathswitch, ranks_of, start, write_tiny_plan
-from test_faults import FORK, SIZE, assert_equal_runs, wait_for_step, wait_until_gone
+from run_harness import (
+    FORK,
+    SIZE,
+    assert_equal_runs,
+    assert_same_bits,
+    checkpoint,
+    metrics,
+    pathswitch,
+    ranks_of,
+    start,
+    wait_for_step,
+    wait_until_gone,
+    write_tiny_plan,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -17,22 +29,20 @@ pytestmark = pytest.mark.slow
 RELATIVE_LOSS = {"main": 1e-5, "v1": 1e-2}
 
 
-def test_the_losses_of_adamw_and_the_same_bits_after_kill_9(corpus: Path, tmp_path: Path) -> None:
-    plan = write_tiny_plan(corpus, "fused", **SIZE)  # type: ignore[arg-type]
-    outs = {name: tmp_path / name for name in ("adamw", "straight", "killed")}
-    for name, optimizer in (("adamw", "adamw"), ("straight", "pathswitch")):
-        done = pathswitch("run", plan, "--out", outs[name], "--optimizer", optimizer)
-        assert done.returncode == 0, done.stdout + done.stderr
+def test_the_losses_of_adamw_and_the_same_bits_after_kill_9(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
+    plan, straight, killed = write_tiny_plan(corpus, "fused", **SIZE), tmp_path / "straight", tmp_path / "killed"
+    done = pathswitch("run", plan, "--out", straight, "--optimizer", "pathswitch")
+    assert done.returncode == 0, done.stdout + done.stderr
     for path in ("main", "v1"):
-        ours, theirs = (metrics(outs[name] / "path_switching", path) for name in ("straight", "adamw"))
+        ours, theirs = (metrics(out / "path_switching", path) for out in (straight, uninterrupted))
         assert [line["lr"] for line in ours] == [line["lr"] for line in theirs]
         for left, right in zip(ours, theirs, strict=True):
             assert left["loss"] == pytest.approx(right["loss"], rel=RELATIVE_LOSS[path])
-    ends = [checkpoint(outs[name] / "path_switching", "main", FORK) for name in ("straight", "adamw")]
+    ends = [checkpoint(out / "path_switching", "main", FORK) for out in (straight, uninterrupted)]
     with pytest.raises(AssertionError):  # it was not AdamW that trained
         assert_same_bits(*ends)
-    _kill_and_go_on(plan, outs["killed"])
-    assert_equal_runs(outs["killed"], outs["straight"])
+    _kill_and_go_on(plan, killed)
+    assert_equal_runs(killed, straight)
 
 
 def _kill_and_go_on(plan: Path, out: Path) -> None:
