@@ -1,9 +1,13 @@
-"""PathSwitchAdamW in the place of Megatron's Adam: Megatron core's on two data-parallel ranks, and refusals."""
+"""PathSwitchAdamW in the place of Megatron's Adam: Megatron core's on two ranks, and refusals.
+
+The ranks are data-parallel, or share a model: tensor-, pipeline- or expert-parallel.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +36,7 @@ decay_steps = 17
 [megatron]
 optimizer = "pathswitch"
 """
+Outcomes = dict[tuple[str, ...], list[dict[str, Any]]]
 SAVE_AT, END = 5, 10
 KINDS = ("fp32", "bf16", "distributed", "precision_aware")
 STOCK = {"optimizer": "stock"}
@@ -54,6 +59,16 @@ REFUSED = {
 }
 # Losses of ours and of torch's AdamW: weights differ by rounding, in bfloat16 by the last of 8 bits here and there.
 BOUNDS = {"fp32": 2e-6, "bf16": 3e-4, "distributed": 3e-4}
+# How two ranks share a model, and what they do with it. With tied embeddings the first and the last pipeline stage both
+# hold the one weight.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tensor": {"parallel": {"tensor": 2}},
+    "pipeline": {"parallel": {"pipeline": 2}},
+    "expert": {"parallel": {"expert": 2}, "experts": 2},
+}
+FP16 = ("fp16", "fp16 distributed")
+SHARED_KINDS = ("fp32", "distributed", "precision_aware", *FP16)  # fp16's optimizer is bf16's, with a loss scale
+CLIP = 0.25
 
 
 def names_of(kind: str) -> list[str]:
@@ -66,11 +81,10 @@ def names_of(kind: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[dict[str, Any]]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """What all ranks say of each (kind, job)."""
     folder = tmp_path_factory.mktemp("optimizer")
-    (folder / "plan.toml").write_text(PLAN)
-    jobs: dict[tuple[str, str], dict[str, Any]] = {}
+    jobs: dict[tuple[str, ...], dict[str, Any]] = {}
     for kind in KINDS:
         for name in names_of(kind):
             job = JOBS[name]
@@ -81,6 +95,31 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
     precise = {"kind": "precision_aware", "until": 2}
     jobs["remainders", "saved"] = {**precise, "remainders": True, "save": "remainders", "save_at": 1}
     jobs["remainders", "loaded"] = {**precise, "load": "remainders"}
+    return train(folder, jobs)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """What both ranks say of each (layout, kind, job)."""
+    jobs: dict[tuple[str, ...], dict[str, Any]] = {}
+    whole = {"tied": True, "until": END, "sharding": "fully_reshardable"}
+    for kind in SHARED_KINDS[:3]:
+        jobs["data", kind, "ours"] = {**whole, "kind": kind, "save": f"{kind} whole", "save_at": SAVE_AT}
+    for layout, kind in product(LAYOUTS, SHARED_KINDS):
+        common = {**LAYOUTS[layout], "kind": kind, "tied": True, "until": 5 if kind in FP16 else 4}
+        jobs[layout, kind, "ours"] = {**common, "save": f"{layout} {kind}", "save_at": 2}
+        jobs[layout, kind, "ours resumed"] = {**common, "load": f"{layout} {kind}"}
+        jobs[layout, kind, "clipped by Megatron"] = {**common, "clipping": "unknown"}
+        if kind != "precision_aware":
+            jobs[layout, kind, "stock"] = {**common, **STOCK}
+        if ("data", kind, "ours") in jobs and layout != "expert":
+            jobs[layout, kind, "from data"] = {**whole, **LAYOUTS[layout], "kind": kind, "load": f"{kind} whole"}
+    return train(tmp_path_factory.mktemp("shared"), jobs)
+
+
+def train(folder: Path, jobs: dict[tuple[str, ...], dict[str, Any]]) -> Outcomes:
+    """Return what both ranks say of each job."""
+    (folder / "plan.toml").write_text(PLAN)
     (folder / "jobs.json").write_text(json.dumps(list(jobs.values())))
     result = core_ranks.run(
         "worker_core_optimizer.py", "jobs.json", folder=folder, ranks=2, extra={"PATHSWITCH_PLAN": "plan.toml"}
@@ -91,7 +130,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
 
 
 def losses(outcome: dict[str, Any]) -> list[float]:
-    return [loss for _, loss, _ in outcome["steps"]]
+    return [loss for _, loss, _, _ in outcome["steps"]]
+
+
+def norms(outcome: dict[str, Any]) -> list[float]:
+    return [norm for _, _, norm, success in outcome["steps"] if success]
 
 
 def digests(ranks: list[dict[str, Any]], when: str) -> list[str]:
@@ -101,9 +144,16 @@ def digests(ranks: list[dict[str, Any]], when: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_clipping_in_the_update_has_megatrons_bits(outcomes: Any, kind: str) -> None:
-    ours, apart = outcomes[kind, "ours"], outcomes[kind, "clipped by Megatron"]
-    assert ours[0]["clip_coefficients_fused"] and not apart[0]["clip_coefficients_fused"]
-    assert all(norm > 0.3 for _, _, norm in ours[0]["steps"]), "every update is clipped, to 0.25"
+    assert_same_bits(outcomes[kind, "ours"], outcomes[kind, "clipped by Megatron"])
+
+
+def assert_same_bits(ours: list[dict[str, Any]], apart: list[dict[str, Any]]) -> None:
+    """Every update of both is clipped, ours in it, and nothing else tells them apart."""
+    for rank in ours:
+        expected = [CLIP / (norm + 1e-6) for norm in norms(rank)]
+        assert 0 < max(expected) < 0.85
+        assert rank["coefficients"] == [expected] * len(rank["coefficients"]) != []
+    assert not any(coefficients for rank in apart for coefficients in rank["coefficients"])
     assert [rank["steps"] for rank in ours] == [rank["steps"] for rank in apart], "losses and norms"
     assert digests(ours, "end") == digests(apart, "end")
 
@@ -139,7 +189,7 @@ def test_every_update_uses_the_plans_lr(outcomes: Any, kind: str, tmp_path: Path
     (tmp_path / "plan.toml").write_text(PLAN)
     lr = build_plan(load_plan_file(tmp_path / "plan.toml")).path("main").lr
     for name in names_of(kind):
-        used = [lr for lr, _, _ in outcomes[kind, name][0]["steps"]]
+        used = [lr for lr, _, _, _ in outcomes[kind, name][0]["steps"]]
         assert used == [lr(step) for step in range(END - len(used), END)], name
 
 
@@ -163,6 +213,56 @@ def test_checkpoints_go_from_stock_to_ours_and_back(outcomes: Any, kind: str) ->
     if kind != "distributed":
         assert losses(outcomes[kind, "stock from ours"][0]) == pytest.approx(stock[SAVE_AT:], rel=BOUNDS[kind])
         assert losses(outcomes[kind, "ours from back"][0]) == pytest.approx(stock[8:], rel=BOUNDS[kind])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SHARED_KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_of_one_model_have_megatrons_bits(shared: Outcomes, layout: str, kind: str) -> None:
+    ours, apart = shared[layout, kind, "ours"], shared[layout, kind, "clipped by Megatron"]
+    assert_same_bits(ours, apart)
+    assert [len(rank["coefficients"]) for rank in ours] == [2 if layout == "expert" else 1] * 2, "of chained optimizers"
+    assert ours[0]["steps"] == ours[1]["steps"], "one norm for both"
+    assert ours[0]["replicated"] == ours[1]["replicated"], "weights that both have"
+    assert ours[0]["digests"] != ours[1]["digests"], "those that one has"
+    resumed = shared[layout, kind, "ours resumed"]
+    assert digests(resumed, "loaded") == digests(ours, "saved")
+    assert digests(resumed, "end") == digests(ours, "end")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in SHARED_KINDS if kind != "precision_aware"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_of_one_model_have_stocks_norms(shared: Outcomes, layout: str, kind: str) -> None:
+    stock, ours = shared[layout, kind, "stock"], shared[layout, kind, "ours"]
+    assert stock[0]["replicated"] == stock[1]["replicated"] != ours[0]["replicated"]
+    for theirs, own in zip(stock, ours, strict=True):
+        assert (theirs["optimizer"], own["optimizer"]) == ("torch.optim.adamw", "pathswitch_megatron.optimizer")
+        assert (losses(own)[0], norms(own)[0]) == (losses(theirs)[0], norms(theirs)[0]), "before the first update"
+        assert losses(own) == pytest.approx(losses(theirs), rel=BOUNDS.get(kind, 3e-4))
+        assert norms(own) == pytest.approx(norms(theirs), rel=10 * BOUNDS.get(kind, 3e-4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SHARED_KINDS[:3])
+@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
+def test_ranks_of_one_model_go_on_as_data_parallel_ones(shared: Outcomes, layout: str, kind: str) -> None:
+    """The norm counts each gradient once, whichever ranks have it."""
+    whole, ours = shared["data", kind, "ours"][0], shared[layout, kind, "from data"][0]
+    assert losses(ours) == pytest.approx(losses(whole)[SAVE_AT:], rel=BOUNDS.get(kind, 3e-4))
+    assert norms(ours) == pytest.approx(norms(whole)[SAVE_AT:], rel=10 * BOUNDS.get(kind, 3e-4))
+    assert ours["counted"] == [END]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FP16)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_steps_that_overflow_are_left_out(shared: Outcomes, layout: str, kind: str) -> None:
+    (made,) = {tuple(success for *_, success in rank["steps"]) for rank in shared[layout, kind, "stock"]}
+    assert False in made[made.index(True) :], "one behind an update"
+    for rank in shared[layout, kind, "ours"]:
+        assert tuple(success for *_, success in rank["steps"]) == made
+        assert rank["counted"] == [made.count(True)]
 
 
 @pytest.mark.slow

@@ -1,15 +1,16 @@
-"""Megatron core's optimizers over data-parallel ranks, with Megatron's Adam and with ours, one after the other.
+"""Megatron core's optimizers over ranks, with Megatron's Adam and with ours, one after the other.
 
 ``torchrun --nproc_per_node=2 worker_core_optimizer.py JOB.json`` trains the jobs in the file, and writes what happened
-beside it. A job says its ``kind`` (fp32, bf16, distributed or precision_aware), whose ``optimizer``, and how it clips.
+beside it. A job says its ``kind``, whose ``optimizer``, how it clips, and the sizes of ``parallel`` ranks that share a
+model: tensor, pipeline or expert.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import warnings
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,10 @@ import megatron_cpu
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.optimizer import OptimizerConfig, clip_grads, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, clip_grads, distrib_optimizer
 from megatron.core.optimizer import optimizer as optimizer_module
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.moe import moe_utils
+from small_gpt import BATCH, MAX_LR, MIN_LR, WEIGHT_DECAY, SmallGPT, Update, digest_of
 
 from pathswitch.errors import PathSwitchError
 from pathswitch_megatron import optimizer_hooks
@@ -34,7 +31,16 @@ from pathswitch_megatron.job import job_from_environment
 from pathswitch_megatron.optimizer import FusedAdam
 from pathswitch_megatron.scheduler import follow_plan
 
-BATCH, SEQ_LENGTH, VOCABULARY = 4, 32, 256
+# Kind -> the model's type, and whether the optimizer is the distributed one.
+LOSS_SCALE = 2.0**19  # of float16, for which it is too large now and then
+KINDS = {
+    "fp32": (torch.float32, False),
+    "bf16": (torch.bfloat16, False),
+    "distributed": (torch.bfloat16, True),
+    "precision_aware": (torch.bfloat16, True),
+    "fp16": (torch.float16, False),
+    "fp16 distributed": (torch.float16, True),
+}
 MODULES = (optimizers, clip_grads, distrib_optimizer, optimizer_module)
 NAMES = ("Adam", "USING_PYTORCH_OPTIMIZER", "HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "clip_grad_by_total_norm_fp32")
 NAMES += ("_get_megatron_optimizer_based_on_param_groups",)
@@ -55,38 +61,24 @@ def choose(job: dict[str, Any]) -> None:
     optimizer_hooks.KNOWN.update(known)
 
 
-class Training:
+class Training(SmallGPT):
     """One job, from building the model to its last step, on the plan's main path."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.kind = job["kind"]
-        low, distributed = self.kind != "fp32", self.kind in ("distributed", "precision_aware")
-        torch.manual_seed(1)
-        model_parallel_cuda_manual_seed(1)
-        config = TransformerConfig(
-            num_layers=2,
-            hidden_size=64,
-            num_attention_heads=4,
-            use_cpu_initialization=True,
-            hidden_dropout=0.0,
-            attention_dropout=0.0,
-            masked_softmax_fusion=False,
-            bf16=low,
-            params_dtype=torch.bfloat16 if low else torch.float32,
-        )
-        module = GPTModel(config, get_gpt_layer_local_spec(), VOCABULARY, SEQ_LENGTH)
-        if low:
-            module = module.bfloat16()
-        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
-        self.model = DistributedDataParallel(config, ddp, module)
+        dtype, distributed = KINDS[self.kind]
         settings = OptimizerConfig(
             optimizer=job.get("kind_of_optimizer", "adam"),
-            lr=1e-3,
-            min_lr=1e-4,
-            weight_decay=0.1,
+            lr=MAX_LR,
+            min_lr=MIN_LR,
+            weight_decay=WEIGHT_DECAY,
             clip_grad=job.get("clip_grad", 0.25),
-            bf16=low,
-            params_dtype=config.params_dtype,
+            bf16=dtype is torch.bfloat16,
+            fp16=dtype is torch.float16,
+            initial_loss_scale=LOSS_SCALE,
+            loss_scale_window=2,
+            hysteresis=1,
+            params_dtype=dtype,
             use_distributed_optimizer=distributed,
             decoupled_weight_decay=job.get("decoupled_weight_decay", True),
         )
@@ -94,39 +86,28 @@ class Training:
             optimizers.is_te_min_version = lambda *_: True
             settings.use_precision_aware_optimizer = settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
         settings.store_param_remainders = True
-        self.optimizer = get_megatron_optimizer(settings, [self.model])
-        self.scheduler: Any = OptimizerParamScheduler(
-            self.optimizer,
-            init_lr=0.0,
-            max_lr=1e-3,
-            min_lr=1e-4,
-            lr_warmup_steps=0,
-            lr_decay_steps=100 * BATCH,
-            lr_decay_style="cosine",
-            start_wd=0.1,
-            end_wd=0.1,
-            wd_incr_steps=100 * BATCH,
-            wd_incr_style="constant",
-            use_checkpoint_opt_param_scheduler=False,
-        )
+        super().__init__(settings, tied=job.get("tied", False), experts=job.get("experts"))
         plan = job_from_environment()
         follow_plan(self.scheduler, plan.plan, plan.path, constant_batches(BATCH))
+        self.coefficients: list[list[float]] = [[] for _ in self.inners]
+        for inner, coefficients in zip(self.inners, self.coefficients, strict=True):
+            if isinstance(inner, FusedAdam):
+                record_coefficients(inner, coefficients)
         if job.get("remainders"):
-            get = self.inner.get_unscaled_state
-            self.inner.get_unscaled_state = lambda p, name: (
+            (inner,) = self.inners
+            get = inner.get_unscaled_state
+            inner.get_unscaled_state = lambda p, name: (
                 get(p, name).view(torch.int32).to(torch.int16) if name == "master_param" else get(p, name)
             )
         self.metadata = {"distrib_optim_sharding_type": job.get("sharding", "dp_reshardable")}
 
     @property
-    def inner(self) -> Any:
-        (one,) = self.optimizer.chained_optimizers
-        return one.optimizer
+    def inners(self) -> list[Any]:
+        return [chained.optimizer for chained in self.optimizer.chained_optimizers]
 
-    def state(self, *, loading: bool = False) -> dict[str, Any]:
-        model = self.model.module.sharded_state_dict()
-        optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=self.metadata)
-        return {"model": model, "optimizer": optimizer, "opt_param_scheduler": self.scheduler.state_dict()}
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        return [group for inner in self.inners for group in inner.param_groups]
 
     def save(self, folder: Path) -> None:
         if dist.get_rank() == 0:
@@ -135,46 +116,39 @@ class Training:
         dist_checkpointing.save(self.state(), str(folder))
 
     def load(self, folder: Path) -> None:
-        if self.kind == "distributed" and not isinstance(self.inner, FusedAdam):
+        if self.kind == "distributed" and not isinstance(self.inners[0], FusedAdam):
             self.step()  # with torch's AdamW it cannot load before it has a state
-        state = dist_checkpointing.load(self.state(loading=True), str(folder))
-        self.model.module.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["opt_param_scheduler"])
+        self.restore(folder)
 
-    def step(self) -> tuple[float, float, float]:
-        """Return the LR, the loss of all ranks, and the gradients' norm of an update."""
-        rows = BATCH // dist.get_world_size()
-        generator = torch.Generator().manual_seed(self.scheduler.last_epoch)
-        tokens = torch.randint(0, VOCABULARY, (BATCH, SEQ_LENGTH + 1), generator=generator)
-        tokens = tokens[dist.get_rank() * rows :][:rows]
-        positions = torch.arange(SEQ_LENGTH)[None].expand(rows, -1)
-        mask = torch.triu(torch.ones(SEQ_LENGTH, SEQ_LENGTH, dtype=torch.bool), 1)[None, None]
+    def step(self) -> Update:
         self.scheduler.before_update()
-        self.model.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        loss = self.model(tokens[:, :-1], positions, mask, labels=tokens[:, 1:]).float().mean()
-        loss.backward()
-        self.model.finish_grad_sync()
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        success, norm, _ = self.optimizer.step()
-        assert success
-        self.scheduler.step(BATCH)
-        total = loss.detach()
-        dist.all_reduce(total)
-        return lr, total.item() / dist.get_world_size(), float(norm)
+        return self.update(self.scheduler.last_epoch)
 
     def digest(self) -> str:
         """Return a digest of this rank's weights and of the optimizer's: master weights and moments."""
-        hasher = hashlib.sha256()
         tensors = list(self.model.parameters())
-        for group in self.inner.param_groups:
-            for parameter in group["params"]:
-                state = self.inner.state[parameter]
+        for inner in self.inners:
+            for parameter in [p for group in inner.param_groups for p in group["params"]]:
+                state = inner.state[parameter]
                 tensors += [state.get("master_param", parameter), state["exp_avg"], state["exp_avg_sq"]]
-        for tensor in tensors:
-            hasher.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
-        return hasher.hexdigest()
+        return digest_of(tensors)
+
+    def replicated(self) -> str:
+        """Return a digest of the weights that all ranks have."""
+        return digest_of(weight for weight in self.model.parameters() if is_on_all_ranks(weight))
+
+
+def is_on_all_ranks(weight: torch.Tensor) -> bool:
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        return getattr(weight, "shared_embedding", False)
+    shares_tensors = parallel_state.get_tensor_model_parallel_world_size() > 1
+    is_part = shares_tensors and getattr(weight, "tensor_model_parallel", False)
+    return not is_part and getattr(weight, "allreduce", True)  # False for experts that one rank has
+
+
+def record_coefficients(inner: Any, coefficients: list[float]) -> None:
+    own = inner.clip_next
+    inner.clip_next = lambda value: (coefficients.append(value), own(value))
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -196,15 +170,15 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         if training.scheduler.last_epoch == job.get("save_at"):
             training.save(Path(job["save"]))
             digests["saved"] = training.digest()
-    groups = training.inner.param_groups
+    states = [state for inner in training.inners for state in inner.state.values()]
     return {
         "steps": steps,
         "digests": {**digests, "end": training.digest()},
-        "optimizer": type(training.inner).__module__,
-        "counted": sorted({int(group["step"]) for group in groups if "step" in group}),
-        "clip_coefficients_fused": isinstance(training.inner, FusedAdam)
-        and hasattr(optimizer_module.clip_grad_by_total_norm_fp32, "pathswitch_patch"),
-        "state": sorted({name for state in training.inner.state.values() for name in state}),
+        "optimizer": type(training.inners[0]).__module__,
+        "counted": sorted({int(group["step"]) for group in training.groups if "step" in group}),
+        "coefficients": training.coefficients,
+        "replicated": training.replicated(),
+        "state": sorted({name for state in states for name in state}),
     }
 
 
@@ -212,10 +186,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     jobs = Path(sys.argv[1])
     dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel()
     megatron_cpu.replace_cuda()
     megatron_cpu.fork_writers()
-    outcomes = [run(job) for job in json.loads(jobs.read_text())]
+    moe_utils.te_general_gemm = None  # asked for where there is no Transformer Engine too
+    outcomes = []
+    for parallel, alike in groupby(json.loads(jobs.read_text()), lambda job: job.get("parallel", {})):
+        parallel_state.initialize_model_parallel(**{f"{name}_model_parallel_size": n for name, n in parallel.items()})
+        outcomes += [run(job) for job in alike]
+        parallel_state.destroy_model_parallel()
     jobs.with_name(f"{jobs.stem}-rank{dist.get_rank()}.json").write_text(json.dumps(outcomes))
     dist.barrier()
     dist.destroy_process_group()
