@@ -104,8 +104,10 @@ double norm_run(const void* data, int64_t start, int64_t end) {
     if (start + NORM_ROWS * NORM_COLUMNS <= end) {
         for (int row = 0; row < NORM_ROWS; row++) {
             const int64_t first = start + row * NORM_COLUMNS;
-            for (int64_t line = 0; line < NORM_COLUMNS * type_bytes(TYPE); line += 64)
-                prefetch((const char*)data + first * type_bytes(TYPE) + line);
+            for (int64_t line = 0; line < NORM_COLUMNS * type_bytes(TYPE); line += 64) {
+                const char* now = (const char*)data + first * type_bytes(TYPE) + line;
+                TYPE == F32 ? prefetch_strands(now) : prefetch(now);
+            }
 #pragma GCC unroll 16
             for (int c = 0; c < NORM_COLUMNS / WIDTH; c++) {
                 const Doubles x = load_doubles<TYPE>(data, first + c * WIDTH);
@@ -150,7 +152,7 @@ void digest_columns(const T* __restrict x, int first, int n, uint64_t* sum) {
 #if defined(__AVX2__)
     Words products[2] = {}, odd_products[2] = {};
     for (; c + COUNT <= n; c += COUNT) {
-        prefetch(x + c);
+        prefetch_strands(x + c);
         const Words bits = load_words(x + c), odd = odd_words(bits);
         for (int lane = 0; lane < 2; lane++) {
             const Words keys = load_words(KEYS.lanes[lane] + first + c);
