@@ -52,7 +52,7 @@ kind = "slurm"
 partition = "main"
 gpus_per_node = 1
 python = "{{python}}"
-signal_seconds = 30
+signal_seconds = 45
 env = {{{{ {THREADS}, PACE_FOLDER = "{{pace}}" }}}}
 main = {{{{ gpus_per_node = 2, time = "00:02:00", sbatch = ["--nodelist=n1"] }}}}
 branches = {{{{ time = "01:00:00", sbatch = ["--exclude=n1"] }}}}
