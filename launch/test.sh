@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run every check: lint, format, types, tests.
-#   ./launch/test.sh [--quick] [pytest arguments]      --quick leaves out the tests that start several training jobs
+#   ./launch/test.sh [--quick] [pytest arguments]      --quick leaves out what takes seconds
 set -euo pipefail
 
 marker=()

@@ -15,6 +15,8 @@ from two_hosts import TwoHosts
 
 from pathswitch.launch.spec import run_id
 
+pytestmark = pytest.mark.slow
+
 DOCTOR = [str(Path(sys.executable).with_name("pathswitch")), "doctor", "--json"]
 
 Finding = dict[str, str]

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 
+pytestmark = pytest.mark.slow
+
 PLAN = """
 [schedule]
 max_lr = 1e-3

@@ -53,6 +53,7 @@ def test_optimizers_lr_is_max_lr(name: str) -> None:
     assert settings["optimizer"]["params"]["lr"] == PLAN.main.max_lr
 
 
+@pytest.mark.slow
 def test_the_step_in_one_pass_is_taken(record: dict[str, Any]) -> None:
     assert [name for name in RECIPES if record[name]["one_pass"]] == ["zero1_bf16_one_pass"]
 

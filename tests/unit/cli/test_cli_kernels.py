@@ -13,6 +13,8 @@ import pytest
 
 from pathswitch.kernels.compilers import machine_isas, nvrtc
 
+pytestmark = pytest.mark.slow
+
 COMMAND = str(Path(sys.executable).with_name("pathswitch"))
 NO_CUDA = {"PATH": "/nowhere", "CUDA_HOME": "/nowhere"}
 
@@ -103,7 +105,6 @@ def test_what_is_asked_for_and_cannot_be_compiled_is_an_error(tmp_path: Path) ->
     assert (done.returncode, "given '9.0'" in done.stderr) == (2, True)
 
 
-@pytest.mark.slow
 def test_one_architecture(tmp_path: Path) -> None:
     done = kernels(tmp_path, "build", "--arch", "sm_90")
     if "neither nvcc nor NVRTC" in done.stderr:

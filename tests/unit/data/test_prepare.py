@@ -319,6 +319,7 @@ def killed_at(event: int, work: Callable[[], object]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_the_next_call_completes(site: Site) -> None:
     before = digests(site.prepare(1, 2))
     whole = files_of(site.out)

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 STATE = """
 import os, signal, sys
 def state(): return [name if callable(h := signal.getsignal(signal.Signals[name])) else str(int(h))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 HAS = "import torch; print('has', hasattr(torch.optim.lr_scheduler, 'PathSwitchLR'))"
 
 

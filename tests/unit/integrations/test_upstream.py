@@ -55,6 +55,7 @@ def test_a_method_without_source_is_a_change(monkeypatch: pytest.MonkeyPatch) ->
     assert not known(CLASSES[0])
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_digests() -> None:
     command = [sys.executable, "-m", "pathswitch.integrations.upstream"]
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}

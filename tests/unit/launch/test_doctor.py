@@ -35,6 +35,8 @@ from pathswitch.launch.doctor import (
 from pathswitch.launch.spec import job_specs
 from pathswitch.launch.submit import rendered, write_files
 
+pytestmark = pytest.mark.slow
+
 PATHSWITCH = str(Path(sys.executable).with_name("pathswitch"))
 FINDINGS = [
     Finding("torch", "ok", "2.13.0"),

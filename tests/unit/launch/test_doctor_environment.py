@@ -18,6 +18,8 @@ from pathswitch.config.launch import LaunchSection
 from pathswitch.launch.doctor import CHECKS, accelerator, examine, packages
 from pathswitch.launch.spec import job_specs
 
+pytestmark = pytest.mark.slow
+
 
 def metadata(folder: Path, name: str, version: str) -> str:
     """A package's metadata in a folder for PYTHONPATH, before the real ones."""

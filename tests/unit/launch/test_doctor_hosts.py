@@ -115,6 +115,7 @@ def test_a_host_that_does_not_answer(world: Path, host: str, todo: str) -> None:
     assert "1 of 2 answer" in findings[2].found, "the other host is asked all the same"
 
 
+@pytest.mark.slow
 def test_a_host_that_hangs_is_not_waited_for(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "HOST_SECONDS", 6.0)
     start = time.monotonic()

@@ -48,6 +48,7 @@ def test_a_lock_is_a_live_builds_or_stale(tmp_path: Path) -> None:
     assert [finding.status for finding in machine.check_builds(examined)] == ["ok"]
 
 
+@pytest.mark.slow
 def test_locks_are_looked_for_where_torch_keeps_extensions_by_itself(tmp_path: Path) -> None:
     code = "from torch.utils.cpp_extension import get_default_build_root as root; print(root())"
     environ = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}

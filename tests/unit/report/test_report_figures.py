@@ -50,6 +50,7 @@ def test_lr_axis_has_no_offset_and_tokens_only_when_known(tmp_path: Path) -> Non
     assert "tokens of the main path" not in texts
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(make_run: MakeRun, tmp_path: Path) -> None:
     (comparison,) = collect([make_run(steps=(40, 60))])
     for draw in (plots.loss_curves, plots.quality_cost, plots.perplexity_matrix):

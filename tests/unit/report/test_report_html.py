@@ -57,6 +57,7 @@ def _page(roots: list[Path], out: Path) -> tuple[str, Page]:
     return text, Page(text)
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_needs_nothing_else(make_run: MakeRun, tmp_path: Path) -> None:
     text, page = _page([make_run(steps=(40, 60))], tmp_path / "out/report.html")
     assert page.tags["svg"] == 4
@@ -138,6 +139,7 @@ def test_the_page_says_what_was_found(make_run: MakeRun, tmp_path: Path) -> None
     assert "★" in page.text
 
 
+@pytest.mark.slow
 def test_colours_become_the_pages_own(make_run: MakeRun, tmp_path: Path) -> None:
     text, _ = _page([make_run(steps=(40, 60))], tmp_path / "report.html")
     drawings = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
@@ -156,6 +158,7 @@ def test_what_comes_from_outside_is_escaped(make_run: MakeRun, tmp_path: Path) -
     assert "<b>folder & co" in page.text
 
 
+@pytest.mark.slow
 def test_the_page_is_the_same_every_time(make_run: MakeRun, tmp_path: Path) -> None:
     root = make_run(steps=(40, 60))
     one, _ = _page([root], tmp_path / "one/report.html")
