@@ -20,6 +20,8 @@ from toolchain import nvrtc_ptx_text, package_source, ptx_text
 from pathswitch.kernels.compilers import ARCHITECTURES
 from pathswitch.kernels.cuda import KERNELS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def text() -> str:
@@ -40,7 +42,6 @@ def test_the_ptx_gives_the_references_bits(engine: Ptx, kernel: str) -> None:
     assert ptx_gate(engine, kernel) >= 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kernel", STREAMING)
 def test_the_last_block_of_huge_tensors(engine: Ptx, kernel: str) -> None:
     assert max(far_gate(engine, kernel)) > 2**33
@@ -74,7 +75,6 @@ def test_every_operation_is_rounded_correctly(text: str) -> None:
     assert rounding_gate(text) > 1000
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [arch for arch in ARCHITECTURES if arch != "90"])
 def test_other_architectures(architecture: str) -> None:
     text = ptx_text(package_source(), architecture)
@@ -85,7 +85,6 @@ def test_other_architectures(architecture: str) -> None:
         traffic_gate(Ptx(text), kernel)
 
 
-@pytest.mark.slow
 def test_nvrtc_makes_the_same_of_them() -> None:
     text = nvrtc_ptx_text()
     rounding_gate(text)

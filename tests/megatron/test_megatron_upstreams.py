@@ -15,6 +15,8 @@ from pathswitch.errors import UpstreamError
 from pathswitch_megatron import upstream
 from pathswitch_megatron.upstream import MEGATRON_BRIDGE, MEGATRON_DEEPSPEED, MEGATRON_LM, UPSTREAMS, Upstream, patch
 
+pytestmark = pytest.mark.slow
+
 STEP = "forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, config"
 DECIDE = (
     "model, optimizer, opt_param_scheduler, iteration, num_floating_point_operations_so_far, checkpointing_context, "
@@ -215,7 +217,6 @@ def test_without_the_variable_nothing_is_patched(tmp_path: Path) -> None:
     assert result.stdout.splitlines() == [*(f"{name} False" for name in NAMES), "finders 0", "hooks False"]
 
 
-@pytest.mark.slow
 def test_explicit_launch_without_entry_points(tmp_path: Path, plan: Path) -> None:
     code = "import os; os.environ['x'] = 'y'\n" + SCRIPT.format(dot=".training", names=NAMES)
     import os
@@ -229,7 +230,6 @@ def test_explicit_launch_without_entry_points(tmp_path: Path, plan: Path) -> Non
     assert f"{NAMES[0]} True" in result.stdout and f"{NAMES[0]} False" in control.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("launch", [(), ("-m", "pathswitch_megatron")], ids=["environment", "explicit"])
 @pytest.mark.parametrize("fault", ["no such plan", "wrong plan", "unknown upstream"])
 def test_refused_before_training(tmp_path: Path, plan: Path, launch: tuple[str, ...], fault: str) -> None:
@@ -254,14 +254,12 @@ def test_refused_before_training(tmp_path: Path, plan: Path, launch: tuple[str, 
         assert len(result.stderr.splitlines()) == 1 and result.returncode == 2
 
 
-@pytest.mark.slow
 def test_explicit_launch_needs_a_script() -> None:
     command = [sys.executable, "-m", "pathswitch_megatron"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 2 and "a training script and its arguments" in result.stderr
 
 
-@pytest.mark.slow
 def test_megatron_imported_before_torch(tmp_path: Path, plan: Path) -> None:
     """Its modules import torch themselves: the finder is there before the module that matters is looked for."""
     code = textwrap.dedent("""

@@ -18,6 +18,8 @@ from pathswitch.errors import ConfigError, KernelError
 from pathswitch.kernels import build, compilers
 from pathswitch.kernels.compilers import isas_of, nvccs, nvrtc
 
+pytestmark = pytest.mark.slow
+
 # Small sources in place of the kernels': the compiler is real and quick.
 BUILD = """
 import logging, sys
@@ -183,7 +185,6 @@ def wait_for(file: Path) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.slow
 def test_processes_that_start_at_once_compile_once(place: Place) -> None:
     place.write_compiler('[ "$1" = --version ] || sleep 1\nexec g++ "$@"')
     processes = [place.start() for _ in range(4)]

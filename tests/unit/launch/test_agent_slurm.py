@@ -14,6 +14,8 @@ from pathswitch.launch import agent as agent_module
 from pathswitch.launch.agent import ASKED, COMPLETED, GAVE_UP
 from pathswitch.launch.journal import Journal
 
+pytestmark = pytest.mark.slow
+
 
 def test_when_the_time_is_nearly_up_it_is_requeued(slurm: FakeSlurm, slurm_job: Job) -> None:
     slurm_job.ready(40, 50)
