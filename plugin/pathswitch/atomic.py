@@ -27,6 +27,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def file_stamp(path: Path) -> tuple[int, ...]:
+    """Return what is another once a file has been replaced or written to: device, inode, time and size.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+
+
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a reader sees the old content or the new, never a part."""
     temp = temp_path(path)

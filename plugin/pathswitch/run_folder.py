@@ -19,7 +19,7 @@ from typing import Any
 
 import tomli_w
 
-from pathswitch.atomic import write_text_atomic
+from pathswitch.atomic import file_stamp, write_text_atomic
 from pathswitch.config import PlanFile, build_plan, load_plan_file
 from pathswitch.errors import RunError
 from pathswitch.versions import PARADIGMS, Plan, Version
@@ -146,10 +146,10 @@ class RunFolder:
         """Return the paths of that plan; a file that has not changed is not read again."""
         path = self.out / PLAN_FILE
         try:
-            status = path.stat()
+            stamp = file_stamp(path)
         except OSError:
             return build_plan(self.plan_file())  # raises, and says what is wrong
-        return _plan(path, (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size))
+        return _plan(path, stamp)
 
     def is_complete(self, path: TrainingPath) -> bool:
         """Return whether the path's completion record reaches its end."""

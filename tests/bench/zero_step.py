@@ -1,7 +1,7 @@
 """ms per ``engine.step()`` under ZeRO 1 and 2 on one rank: DeepSpeed's own step against the one in one pass.
 
-The engines of a size are real ones that take turns with the same gradients; only their steps are timed: norm, clipping,
-update and the model's weights. Medians, and what one pass saves.
+The engines of a size are real ones that take turns; only their steps are timed: norm, clipping, update and the model's
+weights. Medians, and how many times as long as one pass DeepSpeed's own step takes.
 
 Run: python tests/bench/zero_step.py [--rounds 9] [--millions 50 200] [--stages 1 2] [--json FILE]
 """
@@ -13,12 +13,14 @@ import json
 import os
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from optimizer_step import SETTINGS
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -26,12 +28,11 @@ from torch import Tensor, nn
 from pathswitch.integrations.adamw import PathSwitchAdamW
 
 TENSORS = 8
-SETTINGS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 OURS = "PathSwitchAdamW, one_pass"
 OPTIMIZERS: dict[str, Any] = {
-    OURS: lambda parameters: PathSwitchAdamW(parameters, **SETTINGS, one_pass=True),
-    "DeepSpeedCPUAdam": lambda parameters: DeepSpeedCPUAdam(parameters, **SETTINGS),
-    "torch AdamW(fused)": lambda parameters: torch.optim.AdamW(parameters, **SETTINGS, fused=True),
+    OURS: partial(PathSwitchAdamW, one_pass=True),
+    "DeepSpeedCPUAdam": DeepSpeedCPUAdam,
+    "torch AdamW(fused)": partial(torch.optim.AdamW, fused=True),
 }
 
 
@@ -57,7 +58,8 @@ def engine(numel: int, optimizer: str, stage: int, *, bf16: bool) -> Any:
         "zero_optimization": {"stage": stage},
         "bf16": {"enabled": bf16},
     }
-    return deepspeed.initialize(model=model, optimizer=OPTIMIZERS[optimizer](model.parameters()), config=settings)[0]
+    chosen = OPTIMIZERS[optimizer](model.parameters(), **SETTINGS)
+    return deepspeed.initialize(model=model, optimizer=chosen, config=settings)[0]
 
 
 def measure(numel: int, stage: int, rounds: int, *, bf16: bool) -> dict[str, float]:

@@ -63,10 +63,11 @@ class ReferenceKernels:
         averaging = _struct(AverageSettings, state.averaging)
         groups = [_struct(GroupSettings, row) for row in state.groups]
         for row, (adam_step, group) in zip(scalars, parameters, strict=True):
+            updates_done = int(adam_step)
             adam_step += 1
             clip = clip_coefficient(groups[group], norms)
-            weight = average_weight(averaging, state.average_weights, int(adam_step) - 1)
-            result = step_scalars(groups[group], lr, clip * inv_scale, weight, int(adam_step))
+            weight = average_weight(averaging, state.average_weights, updates_done)
+            result = step_scalars(groups[group], lr, clip * inv_scale, weight, updates_done + 1)
             row.copy_(struct_bytes(result))
         state.counters[0] += 1
 

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from pathswitch.atomic import file_stamp
 from pathswitch.checkpoint import MANIFEST_FILE, Manifest, Policy, iteration_folder, layout_of, read_manifest
 from pathswitch.checkpoint.fork import fork_checkpoint
 from pathswitch.errors import CheckpointError
@@ -52,8 +53,7 @@ def _heads(checkpoints: Path) -> Iterator[_Head]:
         if folder.name.startswith("."):
             continue
         try:
-            status = (folder / MANIFEST_FILE).stat()
-            yield _head(folder, (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size))
+            yield _head(folder, file_stamp(folder / MANIFEST_FILE))
         except (OSError, CheckpointError):
             continue
 
