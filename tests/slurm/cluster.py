@@ -69,7 +69,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=REQUEUE GraceTime=5
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=REQUEUE GraceTime=60
 PartitionName=hi Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=100 PreemptMode=OFF
 """
 # Nodes that are switched off are idle, and nobody misses their answer.

@@ -40,7 +40,7 @@ def test_a_plan_that_fits(cluster: Cluster, tmp_path: Path) -> None:
     assert findings["preemption"]["found"] == "PreemptMode=REQUEUE, KillWait=5 sec; ranks get SIGTERM alone"
     main = findings["partition main"]
     assert main["status"] == "ok"
-    assert main["found"] == "UP, 4 nodes, MaxTime=UNLIMITED, PreemptMode=REQUEUE, GraceTime=5, 2 GPUs a node"
+    assert main["found"] == "UP, 4 nodes, MaxTime=UNLIMITED, PreemptMode=REQUEUE, GraceTime=60, 2 GPUs a node"
     assert findings["accounting"]["status"] == "note"
 
 
