@@ -85,7 +85,7 @@ class Jobs:
         """Kill what stands for the agent, and nothing that it has started."""
         for child in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
             os.kill(int(child), signal.SIGKILL)
-        job.wait(10)
+        job.wait(60)
 
     def result(self, path: str, job: subprocess.Popen[Any], seconds: float = 120) -> dict[str, Any]:
         """Wait for a job's end and return what came of it."""

@@ -71,9 +71,12 @@ def whole(source: Path, target: Path) -> None:
 
 def kill(root: Path, count: int, seed: int) -> None:
     source, chance, seen = root / "main" / "global_step10", random.Random(seed), Counter[str]()
-    started = time.perf_counter()
-    os.waitpid(in_child(lambda: print(fork(source, root / "timed" / "global_step10"), file=sys.stderr)), 0)
-    duration_s = time.perf_counter() - started
+    durations_s = []
+    for number in range(3):
+        started, target = time.perf_counter(), root / f"timed{number}" / "global_step10"
+        os.waitpid(in_child(lambda target=target: print(fork(source, target), file=sys.stderr)), 0)
+        durations_s.append(time.perf_counter() - started)
+    duration_s = min(durations_s)
     for number in range(count):
         target = root / f"branch{number}" / "global_step10"
         kill_at(chance.uniform(0, 1.3 * duration_s), lambda target=target: print(fork(source, target), file=sys.stderr))

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -308,12 +307,11 @@ def test_of_two_forks_at_once_the_first_wins(tmp_path: Path, policies: tuple[Pol
 @pytest.mark.slow
 def test_killed_at_any_moment_a_fork_is_absent_or_whole_and_can_be_run_again(tmp_path: Path) -> None:
     source, kills = save(tmp_path / "main", size=20_000), 120
-    before, started = snapshot(source), time.monotonic()
+    before = snapshot(source)
     command = [sys.executable, str(Path(__file__).with_name("fork_jobs.py")), "kill", str(tmp_path), str(kills), "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     seen = Counter(json.loads(done.stdout))
     assert seen["broken"] == 0, (seen, done.stderr)
     assert sum(seen.values()) == kills and seen["hidden left"] > kills / 10, seen
-    assert kills / (time.monotonic() - started) > 2
     assert snapshot(source) == before

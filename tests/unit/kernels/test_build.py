@@ -163,7 +163,7 @@ def test_a_killed_build_neither_blocks_nor_spoils_the_next(place: Place, moment:
     victim = place.start()
     wait_for(place.root / "reached")
     os.kill(victim.pid, signal.SIGKILL)  # the compiler lives on: it must not hold the lock
-    victim.wait(10)
+    victim.wait(60)
     place.write_compiler('exec g++ "$@"')
     start = time.monotonic()
     library = place.built()
@@ -195,13 +195,14 @@ def test_processes_that_start_at_once_compile_once(place: Place) -> None:
     assert place.compilations() == 1
 
 
+@pytest.mark.timeout(120)
 def test_who_waits_too_long_compiles_alone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "LOCK_SECONDS", 0.2)
     monkeypatch.setattr(build.tempfile, "tempdir", str(place.temp))
     with build._one_builder("a file"):
-        start = time.monotonic()
         with build._one_builder("another"):
-            assert time.monotonic() - start < 0.2
+            pass  # at once: LOCK_SECONDS are more than this test has
+        monkeypatch.setattr(build, "LOCK_SECONDS", 0.2)
+        start = time.monotonic()
         with build._one_builder("a file"):
             assert time.monotonic() - start >= 0.2
 

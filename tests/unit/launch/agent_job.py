@@ -19,7 +19,7 @@ from pathswitch.launch.spec import JobSpec
 from pathswitch.launch.status import run_status
 from pathswitch.run_folder import PathFolder
 
-PATIENCE_SECONDS = 30
+PATIENCE_SECONDS = 120
 WAIT_FOR_STOP = 'until [ -e "$PATHSWITCH_STOP_FILE" ]; do sleep 0.02; done'
 
 

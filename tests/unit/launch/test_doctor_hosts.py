@@ -272,7 +272,7 @@ def test_an_interrupt_ends_everything(world: Path) -> None:
     with subprocess.Popen(line, env=environ, start_new_session=True, stdout=subprocess.DEVNULL) as doctor:
         wait_until(lambda: of_world(world))
         os.killpg(doctor.pid, signal.SIGINT)
-        assert doctor.wait(10) != 0
+        assert doctor.wait(60) != 0
     wait_until(lambda: not of_world(world))
 
 
@@ -282,7 +282,7 @@ def test_nothing_of_it_stays_on_a_host(world: Path) -> None:
 
 
 def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)

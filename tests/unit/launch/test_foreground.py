@@ -17,7 +17,7 @@ from pathswitch.launch.journal import Journal
 from pathswitch.launch.spec import JobSpec
 
 PATHSWITCH = str(Path(sys.executable).with_name("pathswitch"))
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = 120
 # In the place of the ranks' interpreter, and so of the deepspeed launcher: does what a file of the path's name says.
 RANKS = """#!/bin/bash
 here={folder}

@@ -19,7 +19,7 @@ from pathswitch.launch.spec import load_spec
 
 pytestmark = pytest.mark.usefixtures("no_pause")
 ALL = ["main", "v1", "v2", "v3"]
-PATIENCE_SECONDS = 30
+PATIENCE_SECONDS = 120
 
 
 @pytest.fixture
