@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
 from pathswitch.errors import PathSwitchError
-from pathswitch.trainer.engine import init_distributed
-from pathswitch.trainer.loop import open_job, train_path
 
 
 def main() -> int:
@@ -23,6 +20,12 @@ def main() -> int:
     parser.add_argument("--on-damage", choices=("refuse", "previous"))
     parser.add_argument("--local_rank", type=int, default=0)
     arguments = parser.parse_args()
+    gc.disable()  # until the engine is built: what imports make stays, and looking through it takes a second
+    import torch.distributed as dist
+
+    from pathswitch.trainer.engine import init_distributed
+    from pathswitch.trainer.loop import open_job, train_path
+
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     init_distributed()
     try:

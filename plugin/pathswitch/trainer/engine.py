@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +24,9 @@ def init_distributed() -> None:
     """Join the process group that the launcher describes, without compiling anything.
 
     DeepSpeed would build a shared-memory all-reduce with g++ first; the embedded trainer has to run where there is no
-    compiler.
+    compiler. And it would load torch's compiler, which takes two seconds, for an optimizer that is not used here.
     """
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
 
@@ -102,6 +105,9 @@ def build_engine(
     groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
     config = ds_config(plan_file, folder, path, on_damage, ranks=dist.get_world_size())
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+    gc.collect()
+    gc.freeze()  # all that is there now stays to the end
+    gc.enable()
     return engine
 
 
