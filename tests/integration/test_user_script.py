@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import ds_job
+import ds_ranks
 import pytest
 
 from pathswitch.config import build_plan, load_plan_file
@@ -43,10 +44,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(folder: Path, *arguments: str, path: str = "", lr_log: str = "") -> ds_job.Finished:
+def train(folder: Path, *arguments: str, path: str = "") -> ds_job.Finished:
     """Run user_train.py on two ranks; the environment is all that differs between paths."""
     settings = ["--deepspeed", "--deepspeed_config", "ds_config.json", "--save_dir", path or "main"]
-    settings += ["--lr_log", lr_log or f"lr_{path or 'main'}"]
+    settings += ["--lr_log", f"lr_{path or 'main'}"]
     command = ds_job.deepspeed_command("user_train.py", *settings, *arguments)
     return ds_job.run(command, folder, {"PATHSWITCH_PATH": path} if path else None, timeout_seconds=200)
 
@@ -100,7 +101,9 @@ def test_branch_from_its_first_update_and_again_after_a_lost_rank(trained: Path)
     ],
 )
 def test_a_job_that_cannot_be_right_fails(folder: Path, path: str, message: str) -> None:
-    job = train(folder, "--steps", "30", path=path, lr_log=f"bad_{path}")
+    settings = ["--deepspeed", "--deepspeed_config", "ds_config.json", "--steps", "30", "--save_dir", "bad"]
+    extra = {"PATHSWITCH_PATH": path}
+    job = ds_ranks.run("user_train.py", *settings, "--lr_log", f"bad_{path}", folder=folder, extra=extra)
     assert job.returncode != 0
     assert message in job.output
     updates = [line for log in folder.glob(f"bad_{path}*") for line in log.read_text().splitlines()]
